@@ -1,0 +1,121 @@
+"""One rank's engine: load a model once, then run steps.
+
+Owns the weights and the KV pool. Keeps nothing about requests: a ``StepPlan`` says everything a step needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distserve.core.types import ModelSpec, StepPlan, Token
+from distserve.engine.config import EngineConfig
+from distserve.engine.inputs import KvLayout, begun_blocks, build_step
+from distserve.engine.pool import KvPool
+from distserve.engine.sampler import choose_tokens
+from distserve.models.catalog import RANDOM_PREFIX, resolve_model
+from distserve.models.config import ModelConfig, read_config
+from distserve.models.errors import ModelError
+from distserve.models.registry import BUILDERS, Model
+from distserve.models.weights import Progress, RandomWeights, SafetensorWeights, weight_identity
+from distserve_kernels.ops import ops_for
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step chose: (request id, token) for each item that samples, in item order."""
+
+    tokens: tuple[tuple[str, Token], ...]
+    forward_s: float  # the whole step, sampling included
+
+
+class Engine:
+    """A loaded model over its KV pool. One thread calls ``run``; ``pool.tensor`` is shared with the mover."""
+
+    def __init__(self, spec: ModelSpec, model: Model, pool: KvPool, weight_bytes: int) -> None:
+        self.spec = spec
+        self.pool = pool
+        self.weight_bytes = weight_bytes  # of all tensors, in the model's dtype
+        self._model = model
+        tensor = pool.tensor
+        self._layout = KvLayout(spec.layers, spec.kv_heads, spec.block_size, tensor.dtype, tensor.device)
+
+    @classmethod
+    def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+        """Load ``config.model``. Raises ModelError with a sentence; ``progress`` is called after each tensor."""
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        directory = resolve_model(config.model)
+        shape = read_config(directory)
+        length = _max_model_len(shape, config.max_model_len)
+        with torch.inference_mode():
+            model, weight_bytes = _build(directory, shape, config, length, progress)
+        device = torch.device(config.device)
+        pool = KvPool(
+            config.blocks, shape.layers, shape.kv_heads, config.block_size, shape.head_dim, config.torch_dtype, device
+        )
+        return cls(_spec(directory, shape, config, length), model, pool, weight_bytes)
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Compute every item's tokens, write their KV, and choose the next token of the items that sample."""
+        began = time.perf_counter()
+        if not plan.items:
+            return StepOutput((), 0.0)
+        with torch.inference_mode():
+            begun = begun_blocks(plan, self._layout)
+            if begun.numel():
+                self.pool.clear(begun)
+            logits = self._model(build_step(plan, self._layout), self.pool.layers)
+            sampling = [item for item in plan.items if item.sample]
+            tokens = choose_tokens(logits, sampling) if logits is not None else []
+        named = tuple((item.request_id, token) for item, token in zip(sampling, tokens, strict=True))
+        return StepOutput(named, time.perf_counter() - began)
+
+
+def _max_model_len(shape: ModelConfig, wanted: int) -> int:
+    if wanted > shape.max_positions:
+        why = f" (its attention window is {shape.sliding_window})" if shape.sliding_window else ""
+        raise ModelError(
+            f"max_model_len {wanted} is longer than the {shape.max_positions} tokens the model supports{why}; lower it"
+        )
+    return wanted or shape.max_positions
+
+
+def _build(
+    directory: Path, shape: ModelConfig, config: EngineConfig, length: int, progress: Progress | None
+) -> tuple[Model, int]:
+    """The model and the bytes of its weights."""
+    device = torch.device(config.device)
+    builder, ops = BUILDERS[shape.architecture], ops_for(device)
+    if config.model.startswith(RANDOM_PREFIX):
+        random = RandomWeights(config.torch_dtype, device, progress)
+        return builder(shape, random, ops, length), random.taken_bytes
+    with SafetensorWeights(directory, config.torch_dtype, device, progress) as weights:
+        return builder(shape, weights, ops, length), weights.taken_bytes
+
+
+def _spec(directory: Path, shape: ModelConfig, config: EngineConfig, length: int) -> ModelSpec:
+    return ModelSpec(
+        name=config.name or config.model,
+        fingerprint=_fingerprint(directory, shape, config),
+        vocab_size=shape.vocab_size,
+        max_model_len=length,
+        eos_token_ids=shape.eos_token_ids,
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        kv_dtype=config.dtype,
+        block_size=config.block_size,
+        pool_blocks=config.blocks,
+    )
+
+
+def _fingerprint(directory: Path, shape: ModelConfig, config: EngineConfig) -> str:
+    """Digest of architecture, weights and dtype: equal for two loads of one model, wherever its files lie."""
+    weights = "random" if config.model.startswith(RANDOM_PREFIX) else weight_identity(directory)
+    text = f"{shape!r}|{weights}|{config.dtype}"
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

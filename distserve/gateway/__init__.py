@@ -1,0 +1,1 @@
+"""Takes client requests (gRPC, OpenAI HTTP), tokenizes, owns the client streams."""

@@ -1,0 +1,1 @@
+"""The gRPC front end: inference, admin, health, reflection, and the Open Inference Protocol."""

@@ -1,0 +1,63 @@
+"""What the step loop needs of the parts it drives, as shapes. The real ones are ``sched``, ``engine``, ``transfer`` and
+``observe``; tests bring scripted ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from distserve.core.effects import Effect
+from distserve.core.events import InstanceEvent
+from distserve.core.types import InstanceRef, Load, StepPlan, Ticket, Token
+
+
+class Machine(Protocol):
+    """``sched.instance.InstanceState``."""
+
+    def handle(self, event: InstanceEvent, now: float) -> list[Effect]: ...
+
+    def next_deadline(self) -> float | None: ...
+
+    def load(self) -> Load: ...
+
+    @property
+    def idle(self) -> bool: ...
+
+
+class StepOutput(Protocol):
+    """What a forward pass chose: (request id, token) for each item that samples, in item order."""
+
+    @property
+    def tokens(self) -> tuple[tuple[str, Token], ...]: ...
+
+    @property
+    def forward_s(self) -> float: ...
+
+
+class Engine(Protocol):
+    """``engine.Engine``: one forward pass at a time. Whatever it raises is a failed step."""
+
+    def run(self, plan: StepPlan) -> StepOutput: ...
+
+
+class DataPlane(Protocol):
+    """``transfer.Mover``. ``close_ticket`` and ``abort_send`` are fences."""
+
+    def open_ticket(self, ticket: Ticket, blocks: tuple[int, ...]) -> None: ...
+
+    def close_ticket(self, move_id: str) -> None: ...
+
+    def send_stage(
+        self, ticket: Ticket, destination_address: str, start: int, end: int, blocks: tuple[int, ...], final: bool
+    ) -> None: ...
+
+    def abort_send(self, move_id: str) -> None: ...
+
+    def peer_lost(self, peer: InstanceRef) -> None: ...
+
+
+class Observer(Protocol):
+    """Whoever watches the machine: a journal, metrics."""
+
+    def write(self, now: float, event: InstanceEvent, effects: Sequence[Effect]) -> None: ...

@@ -1,0 +1,1 @@
+"""Assembles the processes of a cluster on one machine, and supervises them."""

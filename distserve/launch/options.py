@@ -1,0 +1,118 @@
+"""What ``distserve serve`` is started with, and the processes that follow from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distserve.core.types import Role
+from distserve.sched.config import ClusterConfig, GatewayConfig, InstanceConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+TRANSFERS = ("auto", "shm", "gloo", "nccl")
+LEVELS = ("debug", "info", "warning", "error")
+_MOST_INSTANCES = 64  # of one role on one machine; beyond, a typing error is likelier than a wish
+
+
+class BadOptions(ValueError):
+    """Options that do not fit together; the text is for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """A whole cluster on one machine. Every default here is meant to be right for a laptop."""
+
+    model: str
+    model_name: str | None = None
+    tokenizer: str | None = None
+    prefill: int = 0
+    decode: int = 0
+    mixed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads_per_rank: int | None = None
+    kv_tokens: int = 65_536
+    block_size: int = 16
+    max_model_len: int | None = None
+    transfer: str = "auto"
+    host: str = "127.0.0.1"
+    http_port: int | None = 8000
+    grpc_port: int | None = 50051
+    controller_port: int = 0
+    api_keys: tuple[str, ...] = ()
+    default_timeout_s: float = 600.0
+    unread_limit_s: float = 60.0
+    canary: bool = True
+    canary_timeout_s: float = 60.0
+    start_timeout_s: float = 600.0
+    grace_s: float = 10.0
+    restart: bool = True
+    print_ready: bool = False
+    journal: Path | None = None
+    log_level: str = "info"
+    parent_fd: int | None = None  # see distserve.wire.life
+    instance: InstanceConfig = field(default_factory=InstanceConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+
+    @property
+    def name(self) -> str:
+        """What clients call the model."""
+        return self.model_name or served_name(self.model)
+
+    @property
+    def instances(self) -> tuple[tuple[str, Role], ...]:
+        """(id, role) of every instance; one prefill and one decode when none was asked for."""
+        counts = {Role.PREFILL: self.prefill, Role.DECODE: self.decode, Role.MIXED: self.mixed}
+        if not any(counts.values()):
+            counts = {Role.PREFILL: 1, Role.DECODE: 1}
+        return tuple((f"{role.value}-{n}", role) for role, count in counts.items() for n in range(count))
+
+    @property
+    def threads(self) -> int:
+        """Threads of one instance's forward pass: an equal share of the cores unless told."""
+        if self.threads_per_rank is not None:
+            return self.threads_per_rank
+        return max(1, usable_cores() // len(self.instances))
+
+    def check(self) -> None:
+        """Raise ``BadOptions`` for what can be known before anything is started."""
+        for name in ("prefill", "decode", "mixed"):
+            if not 0 <= (count := getattr(self, name)) <= _MOST_INSTANCES:
+                raise BadOptions(f"--{name} {count}: between 0 and {_MOST_INSTANCES} instances can be started")
+        roles = [role for _, role in self.instances]
+        if not any(r.can_prefill for r in roles):
+            raise BadOptions("no instance could read a prompt: add --prefill 1 or --mixed 1")
+        if not any(r.can_decode for r in roles):
+            raise BadOptions("no instance could write an answer: add --decode 1 or --mixed 1")
+        self._check_ports()
+        for name, least in (("kv_tokens", 1), ("block_size", 1), ("threads_per_rank", 1), ("max_model_len", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BadOptions(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
+        if self.kv_tokens < self.block_size:
+            raise BadOptions(f"--kv-tokens {self.kv_tokens} holds not one block of {self.block_size} tokens")
+        if self.transfer == "nccl" and self.device == "cpu":
+            raise BadOptions("--transfer nccl needs --device cuda; on a CPU choose auto, shm or gloo")
+
+    def _check_ports(self) -> None:
+        if self.http_port is None and self.grpc_port is None:
+            raise BadOptions("both --http-port and --grpc-port are off: nobody could ask anything")
+        named = {"http": self.http_port, "grpc": self.grpc_port, "controller": self.controller_port}
+        for name, port in named.items():
+            if port is not None and not 0 <= port < 65_536:
+                raise BadOptions(f"--{name}-port {port}: a port is between 0 (any) and 65535")
+        fixed = [p for p in named.values() if p]
+        if len(set(fixed)) < len(fixed):
+            raise BadOptions(f"two of --http-port, --grpc-port and --controller-port are the same: {fixed}")
+
+
+def served_name(model: str) -> str:
+    """What clients call a model that was given no name: the alias, or the last part of its path."""
+    return Path(model.removeprefix("random:").rstrip("/").removesuffix("/config.json")).name or model
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,135 @@
+"""The options of the commands that start processes, in words: help, choices, names; and a process's options as flags.
+
+Fields and defaults are the dataclasses' own.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from distserve.controller.options import ControllerOptions
+from distserve.gateway.options import GatewayOptions
+from distserve.instance.options import InstanceOptions
+from distserve.launch.options import DTYPES, LEVELS, TRANSFERS, ServeOptions
+from distserve.launch.settings import Setting, Words, settings_of
+
+SERVERS: dict[str, Any] = {
+    "serve": ServeOptions,
+    "gateway": GatewayOptions,
+    "controller": ControllerOptions,
+    "instance": InstanceOptions,
+}
+
+HELPS: dict[str, str] = {
+    "model": "a Hugging Face directory, a .gguf file, random:CONFIG.json, or an alias such as smollm2-135m",
+    "model_name": "what clients call the model (serve: by default the alias or the directory's name)",
+    "tokenizer": "directory of the tokenizer, where the model has none (random:CONFIG.json)",
+    "dtype": "of weights, activations and KV",
+    "device": "cpu, cuda, cuda:0, …",
+    "kv_tokens": "size of an instance's KV pool, in tokens",
+    "block_size": "tokens in a block of KV",
+    "max_model_len": "longest prompt and answer together, in tokens; default: the model's own",
+    "transfer": "how KV moves between instances; auto: shared memory on one host, gloo (CPU) or nccl (GPU) otherwise",
+    "host": "address to listen on",
+    "http_port": "port of the OpenAI-compatible HTTP API; 0: any; none: off",
+    "grpc_port": "port of the gRPC API; 0: any; none: off",
+    "api_keys": "clients must send one of these (comma-separated); empty: no authentication",
+    "default_timeout_s": "seconds a request may take when its client set no deadline",
+    "unread_limit_s": "a client that reads nothing for so many seconds is cut off",
+    "canary": "call the cluster ready once a request of our own went through prefill, hand-off and decode",
+    "canary_timeout_s": "seconds that request may take before it is tried again",
+    "grace_s": "seconds that running requests have to finish after SIGTERM or Ctrl-C",
+    "journal": "write every event with its effects, JSON lines (serve: a directory, one file a process)",
+    "log_level": "least important entries to log",
+    "ServeOptions.prefill": "instances that read prompts",
+    "ServeOptions.decode": "instances that write answers",
+    "ServeOptions.mixed": "instances that do both, with chunked prefill",
+    "ServeOptions.threads_per_rank": "threads of one instance's forward pass; default: cores / instances",
+    "ServeOptions.controller_port": "port of the controller's gRPC, for instances that join from elsewhere; 0: any",
+    "ServeOptions.start_timeout_s": "seconds the cluster may take to become ready before serve gives up",
+    "ServeOptions.restart": "start an instance again when it dies, as a fresh incarnation",
+    "ServeOptions.print_ready": "print one JSON line with all ports and process ids once the cluster can decode",
+    "id": "name of this process in the cluster",
+    "controller": "HOST:PORT of the controller",
+    "port": "gRPC port; 0: any",
+    "advertise_host": "address that others reach this process at; default: --host",
+    "InstanceOptions.role": "what the instance is sent, and how it forms batches",
+    "InstanceOptions.threads": "threads of the forward pass",
+    "InstanceOptions.ops_port": "HTTP port of /metrics, /livez and /readyz; 0: any; none: off",
+    "GatewayOptions.model": "directory (or .gguf file) that the tokenizer and chat template are read from",
+    "InstanceConfig.max_batch_tokens": "tokens of one step when nobody decodes",
+    "InstanceConfig.max_mixed_tokens": "tokens of one step when prompts are chunked beside decodes",
+    "InstanceConfig.batching": "how a step's tokens are chosen: chunked, or as two systems the planner compares with",
+    "InstanceConfig.prefill_chunk": "the most of one prompt in one step; its KV leaves while the rest is read",
+    "InstanceConfig.max_sequences": "sequences in a batch, incoming moves included",
+    "InstanceConfig.max_waiting": "requests that may queue at an instance",
+    "InstanceConfig.prefix_cache": "keep the KV of finished prompts for prompts that begin alike",
+    "InstanceConfig.headroom_share": "share of the pool kept free for running sequences when granting room",
+    "InstanceConfig.lease_s": "seconds after which a ticket without progress is worthless",
+    "InstanceConfig.reserve_repeat_s": "seconds between two asks for the same ticket",
+    "InstanceConfig.reserve_timeout_s": "seconds to wait for a ticket before the hand-off is given up",
+    "InstanceConfig.commit_repeat_s": "seconds between two repeats of a commit",
+    "InstanceConfig.commit_timeout_s": "seconds to wait for the answer to a commit",
+    "InstanceConfig.move_attempts": "tries of a hand-off to one destination before the gateway is told",
+    "InstanceConfig.tombstone_s": "seconds an ended move is remembered, for late messages",
+    "InstanceConfig.deadline_slack_s": "seconds an instance waits beyond the gateway's deadline",
+    "ClusterConfig.lease_s": "an instance silent for so many seconds is dead",
+    "ClusterConfig.max_queued_tokens": "prompt tokens queued per instance beyond which requests are refused",
+    "ClusterConfig.max_open_requests": "requests in the whole cluster beyond which more are refused",
+    "ClusterConfig.retry_after_s": "seconds after which a refused client is told to try again",
+    "ClusterConfig.local_prefill_tokens": "prompts up to so many tokens are read where they will be decoded; 0: off",
+    "ClusterConfig.affinity_runs": "prefixes remembered per instance, to send like to like",
+    "ClusterConfig.lost_memory": "departed instances that members are told of",
+    "GatewayConfig.max_streams": "requests in flight at a gateway beyond which more are refused",
+    "GatewayConfig.dispatch_timeout_s": "seconds without an answer from the controller before choosing without it",
+    "GatewayConfig.patience_s": "seconds a request waits for an instance to exist",
+    "GatewayConfig.retry_pause_s": "seconds between two attempts of a request",
+    "GatewayConfig.max_attempts": "attempts of a request before its client is told",
+    "GatewayConfig.abandon_repeat_s": "seconds between two repeats of an Abandon",
+    "GatewayConfig.abandon_timeout_s": "seconds after which an unanswered Abandon is given up",
+    "GatewayConfig.first_token_timeout_s": "seconds a first token may take before another attempt; 0: no limit",
+}
+
+WORDS = Words(
+    helps=HELPS,
+    choices={"dtype": DTYPES, "transfer": TRANSFERS, "log_level": LEVELS},
+    keys={
+        "InstanceConfig.lease_s": "ticket-lease",
+        "GatewayOptions.journal": "journal",
+        "GatewayConfig.first_token_timeout_s": "first-token-timeout",
+    },
+    hidden={
+        "ready_fd": "an inherited descriptor, set by whoever starts the process",
+        "parent_fd": "an inherited descriptor, set by whoever starts the process",
+        "ClusterConfig.version": "the software's own",
+    },
+)
+
+OTHER_KEYS = ("cache", "server", "api-key", "config")
+"""Keys that some environment variables set and no server command takes."""
+
+
+def settings(command: str) -> tuple[Setting, ...]:
+    """The options of a command that starts processes."""
+    return settings_of(SERVERS[command], WORDS)
+
+
+def all_keys() -> tuple[str, ...]:
+    """Keys of all commands: one file and one environment may serve them all."""
+    return (*dict.fromkeys(s.key for command in SERVERS for s in settings(command)), *OTHER_KEYS)
+
+
+def flags_of(command: str, options: Any) -> list[str]:
+    """The flags that make a process with these options, those at their defaults left out."""
+    flags: list[str] = []
+    for setting in settings(command):
+        value = attrgetter(setting.path)(options)
+        if value == setting.default:
+            continue
+        if setting.is_switch:
+            flags.append(setting.flag if value else f"--no-{setting.key}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+            flags += [setting.flag, text]
+    return flags

@@ -1,0 +1,130 @@
+"""The Llama family (Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3) for one device.
+
+RMS norm, rotary positions, grouped attention, gated SiLU. Variants are in the configuration: biases, QK norm, tying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distserve.models.attention import paged_attention
+from distserve.models.config import ModelConfig
+from distserve.models.errors import UnsupportedModel
+from distserve.models.rope import inverse_frequencies
+from distserve.models.step import StepInput
+from distserve.models.weights import Weights
+from distserve_kernels.linear import Linear
+from distserve_kernels.ops import Ops
+from distserve_kernels.paged import LayerKv
+from distserve_kernels.rotary import rotary_table
+
+
+class Llama:
+    """Token ids and paged KV in, logits out. Holds weights only; nothing of it changes after loading."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_model_len: int) -> None:
+        if config.rope is None:
+            raise UnsupportedModel(f"{config.architecture} needs rotary positions in its configuration")
+        embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden))
+        self.embedding = embedding
+        self.layers = [LlamaLayer(config, weights, ops, i) for i in range(config.layers)]
+        self.norm = weights.take("model.norm.weight", (config.hidden,))
+        head = embedding if config.tied else weights.take("lm_head.weight", tuple(embedding.shape))
+        self.head = Linear(head)
+        cos, sin = rotary_table(inverse_frequencies(config.rope, config.head_dim), max_model_len, embedding.dtype)
+        self.cos, self.sin = cos.to(embedding.device), sin.to(embedding.device)
+        self._ops, self._eps = ops, config.norm_eps
+
+    def __call__(self, step: StepInput, kv: Sequence[LayerKv]) -> Tensor | None:
+        """Logits [sampled, vocab] of ``step.sample_rows``; None when no row is sampled."""
+        residual = F.embedding(step.token_ids, self.embedding)
+        cos, sin = self.cos.index_select(0, step.positions), self.sin.index_select(0, step.positions)
+        x = torch.zeros_like(residual)
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            x, residual = layer(x, residual, cos, sin, step, layer_kv)
+        if step.sample_rows is None:
+            return None
+        x, residual = x.index_select(0, step.sample_rows), residual.index_select(0, step.sample_rows)
+        x, _ = self._ops.add_rms_norm(x, residual, self.norm, self._eps)
+        return self.head(x)
+
+
+class LlamaLayer:
+    """One decoder layer. The residual stream travels beside ``x`` so that each norm adds and normalizes at once."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, index: int) -> None:
+        at = f"model.layers.{index}"
+        self.attention = LlamaAttention(config, weights, ops, f"{at}.self_attn")
+        self.mlp = LlamaMlp(config, weights, ops, f"{at}.mlp")
+        self.input_norm = weights.take(f"{at}.input_layernorm.weight", (config.hidden,))
+        self.post_norm = weights.take(f"{at}.post_attention_layernorm.weight", (config.hidden,))
+        self._ops, self._eps = ops, config.norm_eps
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, step: StepInput, kv: LayerKv
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self._ops.add_rms_norm(x, residual, self.input_norm, self._eps)
+        x = self.attention(x, cos, sin, step, kv)
+        x, residual = self._ops.add_rms_norm(x, residual, self.post_norm, self._eps)
+        return self.mlp(x), residual
+
+
+class LlamaAttention:
+    """Grouped attention with rotary positions; Q, K and V are one matrix."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, at: str) -> None:
+        self._heads, self._kv_heads, self._dim = config.heads, config.kv_heads, config.head_dim
+        sizes = {"q_proj": config.heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
+        self.qkv = Linear(
+            torch.cat([weights.take(f"{at}.{p}.weight", (n * self._dim, config.hidden)) for p, n in sizes.items()]),
+            torch.cat([weights.take(f"{at}.{p}.bias", (n * self._dim,)) for p, n in sizes.items()])
+            if config.qkv_bias
+            else None,
+        )
+        self.out = Linear(
+            weights.take(f"{at}.o_proj.weight", (config.hidden, config.heads * self._dim)),
+            weights.take(f"{at}.o_proj.bias", (config.hidden,)) if config.output_bias else None,
+        )
+        self.qk_norm = self._qk_norm_weight(weights, at) if config.qk_norm else None
+        self._ops, self._eps, self._scale = ops, config.norm_eps, config.head_dim**-0.5
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, step: StepInput, kv: LayerKv) -> Tensor:
+        tokens = x.shape[0]
+        qkv = self.qkv(x).view(tokens, -1, self._dim)
+        rotated = qkv[:, : self._heads + self._kv_heads]
+        if self.qk_norm is not None:
+            rotated.copy_(F.rms_norm(rotated, (self._dim,), None, self._eps).mul_(self.qk_norm))
+        self._ops.rotary_(rotated, cos, sin)
+        out = paged_attention(self._ops, qkv[:, : self._heads], qkv[:, self._heads :], step, kv, self._scale)
+        return self.out(out.view(tokens, -1))
+
+    def _qk_norm_weight(self, weights: Weights, at: str) -> Tensor:
+        """[heads + kv_heads, dim]: the norm weight of each query head, then of each key head."""
+        q = weights.take(f"{at}.q_norm.weight", (self._dim,)).expand(self._heads, -1)
+        k = weights.take(f"{at}.k_norm.weight", (self._dim,)).expand(self._kv_heads, -1)
+        return torch.cat((q, k))
+
+
+class LlamaMlp:
+    """Gated SiLU; gate and up are one matrix."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, at: str) -> None:
+        wide, hidden = config.intermediate, config.hidden
+        self.gate_up = Linear(
+            torch.cat([weights.take(f"{at}.{p}.weight", (wide, hidden)) for p in ("gate_proj", "up_proj")]),
+            torch.cat([weights.take(f"{at}.{p}.bias", (wide,)) for p in ("gate_proj", "up_proj")])
+            if config.mlp_bias
+            else None,
+        )
+        self.down = Linear(
+            weights.take(f"{at}.down_proj.weight", (hidden, wide)),
+            weights.take(f"{at}.down_proj.bias", (hidden,)) if config.mlp_bias else None,
+        )
+        self._silu_mul = ops.silu_mul
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self._silu_mul(self.gate_up(x)))

@@ -1,0 +1,31 @@
+"""What carries the payload of a link: staging slots at both ends, used in turn. Knows no ticket and no frame.
+
+A lane has slots of one size. Piece number n of the link is staged in slot n % slots at both ends. The source fills a
+slot and pushes it; it may fill it again once the destination has said, on the channel, that it is done with that
+piece. Staging belongs to one lane of one generation and is never given to another: whatever arrives late lands in
+memory nobody reads.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Lane(Protocol):
+    """Either end of a lane."""
+
+    slots: list[Tensor]  # flat uint8, all of one size
+
+    def push(self, slot: int, nbytes: int) -> None:
+        """Source: start handing over the first ``nbytes`` of a slot. LaneFailed if the lane is broken."""
+
+    def take(self, slot: int, nbytes: int, timeout_s: float) -> None:
+        """Destination: wait until ``nbytes`` of the announced piece are in the slot. Stalled or LaneFailed."""
+
+    def release(self, slot: int) -> None:
+        """Destination: the next piece of this slot may come."""
+
+    def close(self) -> None:
+        """Release what the lane holds."""

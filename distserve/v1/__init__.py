@@ -1,0 +1,1 @@
+"""Generated protobuf code, one module per file of ``protos/distserve/v1``. Made by ``python protos/generate.py``."""

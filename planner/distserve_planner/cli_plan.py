@@ -1,0 +1,147 @@
+"""``distserve plan``: words into a search, its result into plan.yaml, a table, JSON and a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any, TextIO
+
+from distserve_planner import workload as workloads
+from distserve_planner.cli_simulate import parse_slo, write
+from distserve_planner.cluster import read_cluster
+from distserve_planner.latency.fitted import profiles
+from distserve_planner.latency.operators import engine_named
+from distserve_planner.latency.source import default_policy
+from distserve_planner.models import load_model
+from distserve_planner.plan import as_text, plain, write_plan
+from distserve_planner.refusal import CannotPlan, nearest
+from distserve_planner.report import write_report
+from distserve_planner.selection import Effort, FromFit, FromTables, LatencySource, Problem, SearchResult, search
+from distserve_planner.selection.verdict import plan_from
+from distserve_planner.workload import Workload
+
+TABLES = "tables"
+_REDRAW_S = 0.2
+
+
+def run(parsed: argparse.Namespace, out: TextIO | None = None) -> int:
+    """Plans what ``parsed`` (the arguments of the command) describes. Raises CannotPlan or OutOfRange."""
+    problem = problem_of(parsed)
+    line = _Line(sys.stderr)
+    began = time.process_time()
+    try:
+        result = search(problem, workers=parsed.workers, progress=line.draw, resume=parsed.resume)
+    finally:
+        line.clear()
+    plan = plan_from(result, str(parsed.trace or ""))
+    write_plan(plan, parsed.out)
+    print(as_text(plan), file=out)
+    print(f"\nwritten to {parsed.out} after {time.process_time() - began:.1f} CPU s", file=out)
+    if parsed.json is not None:
+        write(parsed.json, {"plan": plain(plan), "candidates": candidates(result)})
+        print(f"written to {parsed.json}", file=out)
+    if parsed.report is not None:
+        write_report(result, plan, parsed.report)
+        print(f"report in {parsed.report}", file=out)
+    return 0
+
+
+def problem_of(parsed: argparse.Namespace) -> Problem:
+    """The question in the words of the command line. Raises CannotPlan."""
+    model = load_model(parsed.model)
+    seed = parsed.seed
+    effort = Effort(parsed.requests, max(parsed.requests, parsed.final_requests), parsed.top, parsed.unit_gpus, seed)
+    if not parsed.rate > 0:
+        raise CannotPlan(f"--rate {parsed.rate:g}: requests a second must be above 0")
+    policy = parsed.policy or default_policy(parsed.profile)
+    mixed = tuple(dict.fromkeys((policy if policy != "distserve" else "vllm-2023", "chunked", "vllm-2023")))
+    return Problem(
+        model=model,
+        cluster=read_cluster(parsed.cluster),
+        workload=_workload(parsed, effort),
+        slo=parse_slo(parsed.slo),
+        rate=parsed.rate,
+        latency=_latency(parsed, parsed.profile),
+        mixed_latency=_latency(parsed, parsed.mixed_profile) if parsed.mixed_profile else None,
+        algorithm=parsed.algorithm,
+        objective=parsed.objective,
+        policy=policy,
+        mixed_policies=mixed,
+        effort=effort,
+    )
+
+
+def _latency(parsed: argparse.Namespace, profile: str) -> LatencySource:
+    known = [*profiles(), TABLES]
+    if profile in profiles():
+        return FromFit(profile, parsed.model)
+    if profile == TABLES:
+        return FromTables(load_model(parsed.model), engine_named(parsed.engine).name)
+    raise CannotPlan(f"unknown profile {profile!r}{nearest(profile, known)} (known: {', '.join(known)})")
+
+
+def _workload(parsed: argparse.Namespace, effort: Effort) -> Workload:
+    if (parsed.trace is None) == (not parsed.workload):
+        raise CannotPlan("give the traffic as --trace FILE or as --workload NAME, one of the two")
+    if parsed.trace is not None:
+        return workloads.read(parsed.trace)
+    return named(parsed.workload, effort.final_requests, effort.seed)
+
+
+def named(name: str, requests: int, seed: int) -> Workload:
+    """``sharegpt``, or ``constant:PROMPT/OUTPUT``, with Poisson arrivals at 1 a second. Raises CannotPlan."""
+    word, _, rest = name.partition(":")
+    if word == "sharegpt" and not rest:
+        return workloads.synthetic(workloads.SHAREGPT, workloads.poisson(1.0), requests, seed, name)
+    prompt, _, output = rest.partition("/")
+    if word == "constant" and prompt.isdigit() and output.isdigit() and int(prompt) and int(output):
+        lengths = workloads.Constant(int(prompt), int(output))
+        return workloads.synthetic(lengths, workloads.poisson(1.0), requests, seed, name)
+    known = ("sharegpt", "constant:512/64")
+    raise CannotPlan(
+        f"unknown workload {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give --trace FILE)"
+    )
+
+
+def candidates(result: SearchResult) -> list[dict[str, Any]]:
+    """Everything that was looked at, for ``--json``: goodput, interval, bound and the trials' points."""
+    found = []
+    for entry in (*result.finalists, *result.colocated, *result.ranking.entries):
+        each: dict[str, Any] = entry.unit.facts() | {"what": str(entry.unit), "bound": _finite(entry.bound)}
+        if entry.found is not None:
+            each |= {"goodput": entry.found.rate, "low": entry.found.low, "high": entry.found.high}
+            each |= {"pruned": entry.found.at_most}
+            each["points"] = [
+                {"rate": p.rate, "attainment": p.attainment, "error": p.error} for p in entry.found.points
+            ]
+        else:
+            each["pruned"] = True
+        found.append(each)
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if json.dumps(value) != "Infinity" else None
+
+
+class _Line:
+    """One line that is written over and over while the search runs; nothing where no person looks."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._shown, self._at = stream, stream.isatty(), 0.0
+
+    def draw(self, done: int, total: int, words: str) -> None:
+        now = time.monotonic()
+        if self._shown and (now - self._at > _REDRAW_S or done == total):
+            self._at = now
+            filled = round(20 * done / max(1, total))
+            print(
+                f"\r\x1b[K[{'#' * filled}{'.' * (20 - filled)}] {done}/{total} {words}"[:118], end="", file=self._stream
+            )
+            self._stream.flush()
+
+    def clear(self) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=self._stream, flush=True)

@@ -1,0 +1,89 @@
+"""Path equality (DESIGN §7): in float32 greedy tokens are those of transformers, whatever way they took.
+
+Every family × every layout × both links, requests sent concurrently. A test that claims the P→D path asserts that KV
+bytes really moved, and at the end every block is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distserve.core.types import Role
+from tests.e2e.inprocess import all_free, cluster
+from tests.shells.cluster import answer, request
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
+
+P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
+LAYOUTS = {"1P1D": (P, D), "2P2D": (P, P, D, D), "1P2D": (P, D, D), "2M": (M, M)}
+OUTPUT = 12
+Oracle = Callable[[list[int], int], list[int]]
+
+
+WAYS = [(layout, link) for layout in LAYOUTS for link in ("shm", "gloo") if (layout, link) != ("2M", "gloo")]
+"""Mixed instances decode what they prefill: no link is used."""
+
+
+@pytest.fixture(scope="module")
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
+    """A tiny model of a family, and what transformers makes of it."""
+    directory = make_tiny(request.param, tmp_path_factory.mktemp("tiny"))
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    known: dict[tuple[int, ...], list[int]] = {}
+
+    def tokens(prompt: list[int], count: int) -> list[int]:
+        if tuple(prompt) not in known:
+            ids = torch.tensor([prompt])
+            out = reference.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            known[tuple(prompt)] = out[0, len(prompt) :].tolist()
+        return known[tuple(prompt)]
+
+    return directory, tokens
+
+
+def prompts() -> list[list[int]]:
+    """Unequal lengths; two begin alike for longer than a block, so that a prefix is shared on the way."""
+    draw = random.Random(5)
+    made = [[draw.randrange(3, VOCAB_SIZE) for _ in range(n)] for n in (3, 17, 40, 64, 131, 300)]
+    return [*made, made[4][:100] + made[1]]
+
+
+@pytest.mark.parametrize(("layout", "transfer"), WAYS)
+@pytest.mark.parametrize("family", list(FAMILIES), indirect=True)
+async def test_tokens_are_those_of_transformers(family: tuple[Path, Oracle], layout: str, transfer: str) -> None:
+    model, oracle = family
+    asked = prompts()
+    async with cluster(model, LAYOUTS[layout], transfer=transfer) as running:
+        work = (answer(running.shell, request(f"r{i}", p, OUTPUT)) for i, p in enumerate(asked))
+        answers = await asyncio.gather(*work)
+        for prompt, (tokens, end) in zip(asked, answers, strict=True):
+            assert tokens == oracle(prompt, OUTPUT)
+            moved = end.account.timings.kv_bytes_moved
+            assert (moved > 0) == (layout != "2M")
+        await all_free(running)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"], indirect=True)
+@pytest.mark.parametrize("sizes", [(16, 8), (8, 32), (5, 16)])
+async def test_block_sizes_may_differ_at_the_two_ends(family: tuple[Path, Oracle], sizes: tuple[int, int]) -> None:
+    model, oracle = family
+    async with cluster(model, (P, D), transfer="shm", block_sizes=sizes) as running:
+        work = (answer(running.shell, request(f"r{i}", p, OUTPUT)) for i, p in enumerate(prompts()))
+        for prompt, (tokens, end) in zip(prompts(), await asyncio.gather(*work), strict=True):
+            assert tokens == oracle(prompt, OUTPUT)
+            assert end.account.timings.kv_bytes_moved > 0
+        await all_free(running)
