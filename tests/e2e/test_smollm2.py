@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def oracle(model: Path) -> Oracle:
 async def compare(model: Path, prompts: list[list[int]], wanted: list[list[int]], layout: str, transfer: str) -> None:
     async with cluster(model, LAYOUTS[layout], transfer=transfer, dtype="float32") as running:
         work = (
-            answer(running.shell, request(f"r{i}", p, len(w)))
+            answer(running.shell, replace(request(f"r{i}", p, len(w)), timeout_s=600.0))
             for i, (p, w) in enumerate(zip(prompts, wanted, strict=True))
         )
         for index, ((tokens, end), want) in enumerate(zip(await asyncio.gather(*work), wanted, strict=True)):
