@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,13 @@ def tokenizer(model: str) -> Path:
     return resolve_model(model) / "tokenizer.json"
 
 
+def commit() -> str:
+    """What is measured: the checked-out commit, and whether the tree differs from it. Empty outside a checkout."""
+    asked = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
+    return done.stdout.strip()
+
+
 def write(name: str, body: dict[str, Any]) -> Path:
     """One result document: what ran, when, on what; then the body."""
     RESULTS.mkdir(exist_ok=True)
@@ -48,6 +56,7 @@ def write(name: str, body: dict[str, Any]) -> Path:
     document = {
         "kind": "measured",
         "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions(),
         "hardware": hardware(),

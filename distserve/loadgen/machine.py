@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,12 @@ _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile
 
 
 def versions() -> dict[str, str]:
-    return {"distserve": __version__, "python": platform.python_version(), "system": platform.platform(terse=True)}
+    """Ours, Python's, the system's, and those of the libraries that decide speed, as far as they are installed."""
+    found = {"distserve": __version__, "python": platform.python_version(), "system": platform.platform(terse=True)}
+    for name in ("torch", "transformers", "grpcio"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def hardware() -> dict[str, Any]:
