@@ -75,8 +75,7 @@ class _Cluster:
                 supervisor = self._supervise(running.controller_address)
                 keeping = asyncio.create_task(supervisor.run())
                 try:
-                    await self._until_ready(running, ending, keeping)
-                    if running.ready.is_set():
+                    if await self._until_ready(running, supervisor, ending, keeping):
                         self._announce(running, supervisor, asyncio.get_running_loop().time() - began)
                         await _first(ending.asked.wait(), keeping)
                         if not ending.asked.is_set():
@@ -102,15 +101,30 @@ class _Cluster:
         if self._supervisor is not None:
             self._supervisor.hurry()
 
-    async def _until_ready(self, running: RunningGateway, ending: Ending, keeping: asyncio.Task[None]) -> None:
+    async def _until_ready(
+        self, running: RunningGateway, supervisor: Supervisor, ending: Ending, keeping: asyncio.Task[None]
+    ) -> bool:
+        """Wait until every instance that was asked for has joined and a canary went through; False: told to end first.
+
+        A canary alone is too early a word: one mixed instance can answer it while the others still load.
+        """
+
+        async def whole() -> None:
+            await supervisor.complete.wait()
+            await running.ready.wait()
+
+        up = asyncio.ensure_future(whole())
         try:
             async with asyncio.timeout(self._options.start_timeout_s):
-                await _first(running.ready.wait(), ending.asked.wait(), keeping)
+                await _first(up, ending.asked.wait(), keeping)
+            return up.done()
         except TimeoutError:
             raise NotReady(
                 f"the cluster was not ready after {self._options.start_timeout_s:g} s; see the log above, "
                 "or give it more time with --start-timeout"
             ) from None
+        finally:
+            up.cancel()
 
     async def _instance_metrics(self) -> list[bytes]:
         """The metrics of every instance that answers; one that does not is missing, and shows so."""

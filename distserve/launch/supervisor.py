@@ -57,6 +57,8 @@ class Supervisor:
         self._environ = environ
         self._restart = restart
         self._changed = changed
+        self.complete = asyncio.Event()
+        """Every instance has joined once."""
         self._ending = asyncio.Event()
 
     @property
@@ -121,6 +123,8 @@ class Supervisor:
                         kept.facts = {k: v for k, v in line.items() if k not in ("event", "kind")}
                     case "joined":
                         kept.joined = True
+                        if all(each.joined for each in self.kept.values()):
+                            self.complete.set()
                         self._changed()
             return await child.ended()
         except asyncio.CancelledError:

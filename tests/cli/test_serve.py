@@ -236,6 +236,8 @@ def test_nothing_is_left_behind(how: signal.Signals, model: Path, tmp_path: Path
     journal = tmp_path / "journal"
     arguments = ["--model", str(model), "--mixed", "1", "--prefill", "1", *SMALL, "--journal", str(journal)]
     with Cluster(arguments, start_timeout_s=120) as cluster:
+        joined = {instance["id"] for instance in cluster.ready["instances"]}
+        assert joined == {"prefill-0", "mixed-0"}  # ready is said when all are there, not when the first can answer
         pidfds = [os.pidfd_open(pid) for pid in cluster.ready["pids"]]
         try:
             os.kill(cluster.ready["pid"], how)
