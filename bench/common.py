@@ -16,7 +16,8 @@ from distserve.loadgen.http import Target
 from distserve.loadgen.machine import hardware, versions
 from distserve.models.catalog import resolve_model
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "1p1d": ("--prefill", "1", "--decode", "1", "--threads-per-rank", "1"),
     "2mixed": ("--mixed", "2", "--threads-per-rank", "1"),
@@ -49,13 +50,23 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def command() -> str:
+    """As typed from the checkout's root, whatever the machine's folders are called."""
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT):
+        script = script.relative_to(ROOT)
+    if script.name == "__main__.py":
+        return shlex.join(["python", "-m", ".".join(script.parent.parts), *sys.argv[1:]])
+    return shlex.join(["python", str(script), *sys.argv[1:]])
+
+
 def write(name: str, body: dict[str, Any]) -> Path:
     """One result document: what ran, when, on what; then the body."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {
         "kind": "measured",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
         "commit": commit(),
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions(),

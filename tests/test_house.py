@@ -28,7 +28,8 @@ PROMISED = {
         "--model --prefill --decode --mixed --dtype --http-port --grpc-port --transfer --threads-per-rank --kv-tokens "
         "--max-model-len --block-size --print-ready --grace --model-name --tokenizer --device --host --controller-port "
         "--api-keys --default-timeout --unread-limit --canary --canary-timeout --start-timeout --restart --journal "
-        "--log-level --config --check-config"
+        "--kernels --step-timeout --log-level --config --check-config --open-metrics --public-tls-dir "
+        "--tp --pp --prefill-tp --prefill-pp --decode-tp --decode-pp --rank-timeout"
     ),
     "bench": (
         "--url --model --requests --rate --duration --slo --json --goodput --concurrency --num-requests --input-tokens "

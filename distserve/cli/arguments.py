@@ -11,10 +11,12 @@ from distserve.launch.words import settings
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 SHELLS = ("bash", "zsh", "fish")
+_SLO = "seconds: ttft=0.25,tpot=0.1,attainment=0.9; repeated for classes: chat:ttft=0.25,tpot=0.1[,max_prompt=512]"
 
 
 def serve(parser: argparse.ArgumentParser) -> None:
     _server(parser, "serve")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="instances and limits from a plan (`distserve plan`)")
     parser.add_argument("--parent-fd", type=int, default=None, help=argparse.SUPPRESS)
 
 
@@ -62,8 +64,18 @@ def _client(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key", default=os.environ.get("DISTSERVE_API_KEY", ""), metavar="KEY", help="or DISTSERVE_API_KEY"
     )
+    _tls(parser)
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="give up after [%(default)s]")
     parser.add_argument("--plain", action="store_true", help="no colours")
+
+
+def _tls(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--tls-ca",
+        default=os.environ.get("DISTSERVE_TLS_CA", ""),
+        metavar="FILE",
+        help="the server speaks TLS, with a certificate of this CA (or DISTSERVE_TLS_CA); system: of a public one",
+    )
 
 
 def _sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -117,6 +129,38 @@ def kvcheck(parser: argparse.ArgumentParser) -> None:
     _client(parser)
 
 
+def record(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="FILE", required=True, help="the trace: .jsonl, or .jsonl.gz")
+    parser.add_argument("--duration", type=float, default=600.0, metavar="S", help="seconds of arrivals (default 600)")
+    _client(parser)
+
+
+def key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action", choices=("create", "list", "remove", "secret"), help="create: prints the key, once; secret: see NAME"
+    )
+    parser.add_argument("name", metavar="NAME", nargs="?", default="", help="whose key; of `secret`: the file to make")
+    parser.add_argument(
+        "--api-keys",
+        default=os.environ.get("DISTSERVE_API_KEYS"),
+        metavar="FILE",
+        help="the file that gateways read (or DISTSERVE_API_KEYS); holds hashes only",
+    )
+    parser.add_argument("--admin", action="store_true", help="create: the key may use ps, where, cancel, kvcheck, too")
+    parser.add_argument(
+        "--max-streams", type=int, default=0, metavar="N", help="create: answers at once [--max-client-streams]"
+    )
+    parser.add_argument("--plain", action="store_true", help="no colours")
+
+
+def cert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("create",), help="create: a certificate, and a CA if there is none")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="for --tls-dir; run again to renew")
+    parser.add_argument("--hosts", default="", metavar="A,B", help="names, addresses; localhost, distserve always are")
+    parser.add_argument("--ca-dir", type=Path, default=None, metavar="DIR", help="sign with the CA of this directory")
+    parser.add_argument("--days", type=int, default=365, metavar="N", help="it is good for so long [%(default)s]")
+
+
 def model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("path",), help="path: print the directory, converting it first if needed")
     parser.add_argument("name", metavar="NAME", help="an alias, a directory, or a .gguf file")
@@ -134,6 +178,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
     other = parser.add_argument_group("other")
     other.add_argument("--json", type=Path, default=None, metavar="OUT", help="write everything here, too")
     other.add_argument("--api-key", default=os.environ.get("DISTSERVE_API_KEY", ""), metavar="KEY")
+    _tls(other)
     other.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of one request [%(default)s]")
     other.add_argument("--warmup", type=int, default=3, metavar="N", help="requests before measuring [%(default)s]")
     other.add_argument("--seed", type=int, default=1, metavar="N", help="of prompts and arrivals [%(default)s]")
@@ -180,14 +225,14 @@ def plan(parser: argparse.ArgumentParser) -> None:
     need.add_argument("--trace", type=Path, default=None, metavar="FILE", help="recorded traffic")
     need.add_argument("--workload", default="", metavar="NAME", help="instead of a trace: sharegpt, constant:512/64")
     need.add_argument("--rate", required=True, type=float, metavar="R", help="requests a second to plan for")
-    need.add_argument("--slo", required=True, metavar="LIMITS", help="seconds: ttft=0.25,tpot=0.1,attainment=0.9")
+    need.add_argument("--slo", required=True, action="append", metavar="LIMITS", help=_SLO)
     how = parser.add_argument_group("how")
     how.add_argument("--algorithm", default="auto", metavar="auto|high|low", help="node affinity [%(default)s]")
     how.add_argument(
         "--objective", default="goodput", metavar="goodput|cost|fewest", help="per GPU, per dollar [%(default)s]"
     )
     how.add_argument(
-        "--profile", default="tables", metavar="NAME", help="latencies: tables, or distserve:a100-80g [%(default)s]"
+        "--profile", default="tables", metavar="NAME", help="tables, distserve:a100-80g, a profile.json [%(default)s]"
     )
     how.add_argument("--engine", default="vllm", metavar="NAME", help="overheads beside tables [%(default)s]")
     how.add_argument("--mixed-profile", default="", metavar="NAME", help="of colocated instances [the same]")
@@ -213,7 +258,9 @@ def plan(parser: argparse.ArgumentParser) -> None:
 
 def simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME", help="such as opt-13b")
-    parser.add_argument("--profile", required=True, metavar="NAME", help="latencies, such as distserve:a100-80g")
+    parser.add_argument(
+        "--profile", required=True, metavar="NAME", help="latencies: distserve:a100-80g, or this machine's profile.json"
+    )
     shapes = parser.add_argument_group("instances: tp=2,pp=1,n=1 (each 1 unless given)")
     shapes.add_argument("--prefill", default="", metavar="SHAPE", help="prefill instances")
     shapes.add_argument("--decode", default="", metavar="SHAPE", help="decode instances")
@@ -231,6 +278,7 @@ def simulate(parser: argparse.ArgumentParser) -> None:
         "--requests", type=Path, required=True, metavar="FILE", help="[[prompt, output, arrival_s], …] or a trace file"
     )
     load.add_argument("--rate", type=float, metavar="R", help="stretch time to this mean rate")
-    load.add_argument("--slo", required=True, metavar="LIMITS", help="seconds: ttft=0.25,tpot=0.1")
+    load.add_argument("--slo", required=True, action="append", metavar="LIMITS", help=_SLO)
     load.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     load.add_argument("--json", type=Path, metavar="OUT", help="write attainment and every request's times here")
+    load.add_argument("--out", type=Path, metavar="FILE", help="write a plan of this, with the profile of a machine")

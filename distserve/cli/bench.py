@@ -50,7 +50,7 @@ def bench(parsed: argparse.Namespace) -> int:
 def plan_of(parsed: argparse.Namespace) -> Plan:
     """Raises ``Usage`` or ``CommandFailed`` with a sentence."""
     try:
-        target, slo = Target.parse(parsed.url), Slo.parse(parsed.slo)
+        target, slo = Target.parse(parsed.url, parsed.tls_ca), Slo.parse(parsed.slo)
     except ValueError as error:
         raise Usage(str(error)) from error
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from distserve import __version__
-from distserve.cli import arguments
+from distserve.cli import arguments, planning_arguments
 from distserve.cli.parser import Parser
 
 
@@ -39,10 +39,16 @@ COMMANDS: dict[str, Command] = {
     "where": Command("where a request is and what it waits for", "admin:where", arguments.where),
     "cancel": Command("end a request everywhere", "admin:cancel", arguments.cancel),
     "kvcheck": Command("check that every KV block is accounted for", "admin:kvcheck", arguments.kvcheck),
+    "key": Command("API keys of clients; the cluster's secret", "key:key", arguments.key),
+    "cert": Command("a CA and certificates for a cluster", "cert:cert", arguments.cert),
     "model": Command("model aliases: `model path NAME`", "model:model", arguments.model),
     "bench": Command("measure any OpenAI-compatible server", "bench:bench", arguments.bench),
+    "record": Command("a running cluster's traffic as a trace, without its words", "record:record", arguments.record),
     "plan": Command("parallelism, instances and GPUs for a rate and targets", "planning:plan", arguments.plan),
     "simulate": Command("what a deployment would do with a workload", "planning:simulate", arguments.simulate),
+    "profile": Command("measure this machine for the planner", "profile:profile", planning_arguments.profile),
+    "replan": Command("drift of recorded traffic, and better roles", "planning:replan", planning_arguments.replan),
+    "verify": Command("start a plan here and compare it with its prediction", "verify:run", planning_arguments.verify),
     "completion": Command("a script that completes this command", "completion:completion", arguments.completion),
     "version": Command("the version", "version:version", _none),
 }

@@ -49,11 +49,12 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: Sequence[Setting]) -> None:
-    """A flag for every setting, absent unless given. Those of dataclasses within go in a second group."""
+    """A flag for every setting, absent unless given. Those of dataclasses within go in groups of their own."""
     main = parser.add_argument_group("options")
+    secure = parser.add_argument_group("security (README: Security)")
     fine = parser.add_argument_group("limits and deadlines (the defaults are meant to do)")
     for setting in settings:
-        group = fine if setting.within else main
+        group = secure if setting.within == "security" else fine if setting.within else main
         words = setting.help.replace("%", "%%") + _default(setting)
         if setting.is_switch:
             switch = argparse.BooleanOptionalAction

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from distserve.cli.failure import CommandFailed
-from distserve_planner import cli_plan, cli_simulate
+from distserve_planner import cli_plan, cli_replan, cli_simulate
 
 
 def plan(parsed: argparse.Namespace) -> int:
@@ -18,5 +18,12 @@ def plan(parsed: argparse.Namespace) -> int:
 def simulate(parsed: argparse.Namespace) -> int:
     try:
         return cli_simulate.run(parsed)
+    except ValueError as error:  # CannotPlan, OutOfRange
+        raise CommandFailed(str(error)) from error
+
+
+def replan(parsed: argparse.Namespace) -> int:
+    try:
+        return cli_replan.run(parsed)
     except ValueError as error:  # CannotPlan, OutOfRange
         raise CommandFailed(str(error)) from error

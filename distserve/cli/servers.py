@@ -13,44 +13,56 @@ from typing import Any
 
 import yaml
 
-from distserve.launch.options import ServeOptions
-from distserve.launch.settings import CONFIG_VARIABLE, build, read_file, resolve
+from distserve.launch.options import BadOptions
+from distserve.launch.planned import options_of_plan
+from distserve.launch.settings import CONFIG_VARIABLE, SECRET_VARIABLE, build, read_file, resolve
 from distserve.launch.words import SERVERS, all_keys, settings
 
 
 def serve(parsed: argparse.Namespace) -> int:
-    options: ServeOptions = options_of("serve", parsed)
-    options.check()
-    return _run("distserve.launch.serve", options, parsed)
+    return _run("distserve.launch.serve", _checked(options_of("serve", parsed)), parsed)
 
 
 def gateway(parsed: argparse.Namespace) -> int:
-    return _run("distserve.gateway.process", options_of("gateway", parsed), parsed)
+    return _run("distserve.gateway.process", _checked(options_of("gateway", parsed)), parsed)
 
 
 def controller(parsed: argparse.Namespace) -> int:
-    return _run("distserve.controller.process", options_of("controller", parsed), parsed)
+    return _run("distserve.controller.process", _checked(options_of("controller", parsed)), parsed)
 
 
 def instance(parsed: argparse.Namespace) -> int:
-    return _run("distserve.instance.process", options_of("instance", parsed), parsed)
+    return _run("distserve.instance.process", _checked(options_of("instance", parsed)), parsed)
 
 
 def options_of(command: str, parsed: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Any:
-    """The options in force: flags, else environment, else file, else default. Raises ``BadSetting``."""
+    """The options in force: flags, else environment, else file, else a plan, else default. Raises ``BadSetting``."""
     known = settings(command)
     given = vars(parsed)
     file = given.get("config") or (Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None)
+    plan = given.get("plan")
+    planned = options_of_plan(plan, {s.key for s in known}) if plan is not None else {}
     values = resolve(
         known,
         flags={s.path: given[s.path] for s in known if s.path in given},
         environ=environ,
-        file=read_file(file) if file is not None else {},
+        file={**planned, **(read_file(file) if file is not None else {})},
         also_known=all_keys(),
         section=command,
     )
     values |= {fd: given[fd] for fd in ("ready_fd", "parent_fd") if given.get(fd) is not None}
+    values["security.cluster_secret"] = environ.get(SECRET_VARIABLE, "")  # no flag: others could read it
     return build(SERVERS[command], values)
+
+
+def _checked(options: Any) -> Any:
+    """The options, which fit together. Raises ``BadOptions``."""
+    try:
+        options.check()
+    except ValueError as error:
+        raise BadOptions(str(error)) from error
+    return options
+
 
 
 def _run(module: str, options: Any, parsed: argparse.Namespace) -> int:
@@ -63,7 +75,7 @@ def _run(module: str, options: Any, parsed: argparse.Namespace) -> int:
 def _plain(value: Any) -> Any:
     """An options dataclass as YAML knows it."""
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}  # no secrets
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Path):

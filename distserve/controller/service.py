@@ -21,6 +21,7 @@ from distserve.wire.attachments import Attachments, Context, ServerEnd
 from distserve.wire.convert import WireError
 from distserve.wire.host import MachineHost, Observer
 from distserve.wire.stream import Outbox
+from distserve.wire.trust import OPEN, Trust
 
 log = logging.getLogger(__name__)
 Party = InstanceRef | GatewayRef
@@ -31,7 +32,8 @@ OUTBOX_LIMIT = 65_536
 class ControllerService(ControllerServiceServicer):
     """See the module."""
 
-    def __init__(self, machine: ClusterState, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, machine: ClusterState, observers: Sequence[Observer] = (), trust: Trust = OPEN) -> None:
+        self._trust = trust
         self._host = MachineHost(machine, self._perform, observers)
         self._attached: Attachments[Party] = Attachments(_wrapper, lambda: Outbox(OUTBOX_LIMIT))
 
@@ -41,11 +43,11 @@ class ControllerService(ControllerServiceServicer):
 
     async def AttachInstance(self, request_iterator: AsyncIterator[Any], context: Context) -> None:
         """A member's stream."""
-        await self._attach(InstanceRef, ServerEnd(request_iterator, context))
+        await self._attach(InstanceRef, ServerEnd(request_iterator, context, self._trust))
 
     async def AttachGateway(self, request_iterator: AsyncIterator[Any], context: Context) -> None:
         """A gateway's stream."""
-        await self._attach(GatewayRef, ServerEnd(request_iterator, context))
+        await self._attach(GatewayRef, ServerEnd(request_iterator, context, self._trust))
 
     async def _attach(self, kind: type[InstanceRef] | type[GatewayRef], end: ServerEnd) -> None:
         hello = await end.greet(None, kind)

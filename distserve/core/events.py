@@ -274,6 +274,11 @@ class GatewayLost:
     gateway: GatewayRef
 
 
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """Local to the instance: told to end, it finishes what it has and grants no move any more."""
+
+
 # ── engine → instance (local) ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -376,6 +381,7 @@ InstanceEvent = (
     | Abandon
     | GatewayAttached
     | GatewayLost
+    | Draining
     | ReserveAsked
     | ReserveGranted
     | MoveEnded

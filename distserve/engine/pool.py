@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distserve_kernels.memory import advise_large_pages
 from distserve_kernels.paged import LayerKv, layer_views
 
 
@@ -25,7 +26,9 @@ class KvPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.tensor = torch.zeros((blocks, layers, 2, kv_heads, block_size, head_dim), dtype=dtype, device=device)
+        self.tensor = torch.empty((blocks, layers, 2, kv_heads, block_size, head_dim), dtype=dtype, device=device)
+        advise_large_pages(self.tensor)
+        self.tensor.zero_()
         self.layers: tuple[LayerKv, ...] = layer_views(self.tensor)
 
     @property

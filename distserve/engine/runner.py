@@ -14,13 +14,15 @@ import torch
 
 from distserve.core.types import ModelSpec, StepPlan, Token
 from distserve.engine.config import EngineConfig
-from distserve.engine.inputs import KvLayout, begun_blocks, build_step
+from distserve.engine.forward import Forward
+from distserve.engine.native import choose_forward
 from distserve.engine.pool import KvPool
 from distserve.engine.sampler import choose_tokens
 from distserve.models.catalog import RANDOM_PREFIX, resolve_model
 from distserve.models.config import ModelConfig, read_config
 from distserve.models.errors import ModelError
 from distserve.models.registry import BUILDERS, Model
+from distserve.models.shard import WHOLE, Shard
 from distserve.models.weights import Progress, RandomWeights, SafetensorWeights, weight_identity
 from distserve_kernels.ops import ops_for
 
@@ -36,13 +38,11 @@ class StepOutput:
 class Engine:
     """A loaded model over its KV pool. One thread calls ``run``; ``pool.tensor`` is shared with the mover."""
 
-    def __init__(self, spec: ModelSpec, model: Model, pool: KvPool, weight_bytes: int) -> None:
+    def __init__(self, spec: ModelSpec, forward: Forward, pool: KvPool, weight_bytes: int) -> None:
         self.spec = spec
         self.pool = pool
         self.weight_bytes = weight_bytes  # of all tensors, in the model's dtype
-        self._model = model
-        tensor = pool.tensor
-        self._layout = KvLayout(spec.layers, spec.kv_heads, spec.block_size, tensor.dtype, tensor.device)
+        self._forward = forward
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -51,14 +51,15 @@ class Engine:
             torch.set_num_threads(config.threads)
         directory = resolve_model(config.model)
         shape = read_config(directory)
-        length = _max_model_len(shape, config.max_model_len)
+        length = max_model_len(shape, config.max_model_len)
         with torch.inference_mode():
-            model, weight_bytes = _build(directory, shape, config, length, progress)
+            model, weight_bytes = build_model(directory, shape, config, length, progress)
         device = torch.device(config.device)
         pool = KvPool(
             config.blocks, shape.layers, shape.kv_heads, config.block_size, shape.head_dim, config.torch_dtype, device
         )
-        return cls(_spec(directory, shape, config, length), model, pool, weight_bytes)
+        forward = choose_forward(config, model, shape, pool, length)
+        return cls(spec_of(directory, shape, config, length), forward, pool, weight_bytes)
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Compute every item's tokens, write their KV, and choose the next token of the items that sample."""
@@ -66,17 +67,15 @@ class Engine:
         if not plan.items:
             return StepOutput((), 0.0)
         with torch.inference_mode():
-            begun = begun_blocks(plan, self._layout)
-            if begun.numel():
-                self.pool.clear(begun)
-            logits = self._model(build_step(plan, self._layout), self.pool.layers)
+            logits = self._forward(plan)
             sampling = [item for item in plan.items if item.sample]
             tokens = choose_tokens(logits, sampling) if logits is not None else []
         named = tuple((item.request_id, token) for item, token in zip(sampling, tokens, strict=True))
         return StepOutput(named, time.perf_counter() - began)
 
 
-def _max_model_len(shape: ModelConfig, wanted: int) -> int:
+def max_model_len(shape: ModelConfig, wanted: int) -> int:
+    """The longest sequence to serve. Raises ModelError when more is wanted than the model supports."""
     if wanted > shape.max_positions:
         why = f" (its attention window is {shape.sliding_window})" if shape.sliding_window else ""
         raise ModelError(
@@ -85,20 +84,26 @@ def _max_model_len(shape: ModelConfig, wanted: int) -> int:
     return wanted or shape.max_positions
 
 
-def _build(
-    directory: Path, shape: ModelConfig, config: EngineConfig, length: int, progress: Progress | None
+def build_model(
+    directory: Path,
+    shape: ModelConfig,
+    config: EngineConfig,
+    length: int,
+    progress: Progress | None,
+    shard: Shard = WHOLE,
 ) -> tuple[Model, int]:
-    """The model and the bytes of its weights."""
+    """The model, or this rank's share of it, and the bytes of its weights."""
     device = torch.device(config.device)
     builder, ops = BUILDERS[shape.architecture], ops_for(device)
     if config.model.startswith(RANDOM_PREFIX):
         random = RandomWeights(config.torch_dtype, device, progress)
-        return builder(shape, random, ops, length), random.taken_bytes
+        return builder(shape, random, ops, length, shard), random.taken_bytes
     with SafetensorWeights(directory, config.torch_dtype, device, progress) as weights:
-        return builder(shape, weights, ops, length), weights.taken_bytes
+        return builder(shape, weights, ops, length, shard), weights.taken_bytes
 
 
-def _spec(directory: Path, shape: ModelConfig, config: EngineConfig, length: int) -> ModelSpec:
+def spec_of(directory: Path, shape: ModelConfig, config: EngineConfig, length: int) -> ModelSpec:
+    """What the cluster is told of the model: of the whole of it, however it is cut."""
     return ModelSpec(
         name=config.name or config.model,
         fingerprint=_fingerprint(directory, shape, config),

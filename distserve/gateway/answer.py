@@ -7,7 +7,7 @@ gRPC; the events here are what both turn into their own words.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from distserve.core.effects import Account
@@ -106,10 +106,13 @@ class Answer:
     Iteration raises ``RequestFailed``; the other choices are cancelled then. Ends when every index has ended.
     """
 
-    def __init__(self, plan: Plan, streams: Sequence[RequestStream]) -> None:
+    def __init__(
+        self, plan: Plan, streams: Sequence[RequestStream], closed: Callable[[], None] = lambda: None
+    ) -> None:
         self.plan = plan
         self.choices = tuple(_choice(plan, i) for i in range(len(streams)))
         self._streams = tuple(streams)
+        self._closed = closed
         self._events = self._one() if len(streams) == 1 else self._many()
 
     def __aiter__(self) -> AsyncIterator[AnswerEvent]:
@@ -117,8 +120,11 @@ class Answer:
 
     async def aclose(self) -> None:
         """Cancel what still runs. Idempotent."""
-        await self._events.aclose()
-        await _close(self._streams)
+        try:
+            await self._events.aclose()
+            await _close(self._streams)
+        finally:
+            self._closed()
 
     @property
     def completion_tokens(self) -> int:
@@ -171,13 +177,16 @@ class Answer:
         return [piece, Ended(index, FinishReason.STOP, choice.matched, choice.tokens, account)]
 
 
-async def open_answer(plan: Plan, backend: Backend) -> Answer:
-    """Submit every request of the plan. Raises ``RequestFailed``, with nothing left running, if one is refused."""
+async def open_answer(plan: Plan, backend: Backend, closed: Callable[[], None] = lambda: None) -> Answer:
+    """Submit every request of the plan. Raises ``RequestFailed``, with nothing left running, if one is refused.
+
+    ``closed`` is called, once or more, when the answer is closed.
+    """
     streams: list[RequestStream] = []
     try:
         for request in plan.requests:
             streams.append(await backend.submit(request, plan.tokenize_s))
-        return Answer(plan, streams)
+        return Answer(plan, streams, closed)
     except BaseException:
         await _close(streams)
         raise

@@ -79,7 +79,7 @@ class Fields:
         biases = {}
         for key, bias in (self.object(name) or {}).items():
             if not key.isdecimal() or len(key) > 10 or isinstance(bias, bool) or not isinstance(bias, (int, float)):
-                raise invalid(name, f"{name} must map token ids to numbers, but has {key!r}: {bias!r:.40}.")
+                raise invalid(name, f"{name} must map token ids to numbers, but has {key!r:.40}: {shown(bias)}.")
             biases[int(key)] = float(bias)
         return biases
 
@@ -122,6 +122,11 @@ def refuse(fields: Fields, unsupported: Mapping[str, str]) -> None:
 def whole_numbers(name: str, values: Sequence[Any]) -> tuple[int, ...]:
     """The values, which must all be whole numbers."""
     return tuple(value if type(value) is int else _whole(name, value) for value in values)
+
+
+def shown(value: Any) -> str:
+    """A value as a refusal quotes it. A list or an object by its kind: the repr of a deep one overflows the stack."""
+    return _KINDS.get(type(value), "an object") if isinstance(value, (list, dict)) else f"{value!r:.40}"
 
 
 def _whole(name: str, value: Any) -> int:

@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distserve.core.types import Code, ModelSpec
+from distserve.gateway.admission import Admission
 from distserve.gateway.answer import Answer, open_answer
 from distserve.gateway.ask import Ask, Chat, Prompt
-from distserve.gateway.auth import ApiKeys
+from distserve.gateway.auth import ApiKeys, Caller
 from distserve.gateway.backend import Backend, RequestFailed
-from distserve.gateway.plan import Limits, Plan, Served, check_token_ids, make_plan, tokenize
+from distserve.gateway.limits import Limits
+from distserve.gateway.plan import Plan, Served, check_token_ids, make_plan, tokenize
 from distserve.gateway.text import TextCodec
+from distserve.gateway.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,14 @@ class FrontEnd:
         limits: Limits | None = None,
         refused: Callable[[str, Code], None] = _unobserved,
         keys: ApiKeys | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self.backend = backend
+        self.traffic = traffic or Traffic()
         self.limits = limits or Limits()
         self.refused = refused
         self.keys = keys or ApiKeys()
+        self.admission = Admission(self.limits.max_client_streams)
         self._codecs = dict(codecs)
         self._last_known: dict[str, ModelView] = {}
 
@@ -78,9 +84,14 @@ class FrontEnd:
         """Check and tokenize. Raises ``RequestFailed``."""
         return await make_plan(ask, self._served(ask.model), self.limits)
 
-    async def open(self, plan: Plan) -> Answer:
-        """Start answering; the caller owns the answer and closes it. Raises ``RequestFailed``."""
-        return await open_answer(plan, self.backend)
+    async def open(self, plan: Plan, caller: Caller | None = None) -> Answer:
+        """Start answering; who calls this owns the answer and closes it. Raises ``RequestFailed``."""
+        leave = self.admission.enter(caller or Caller(), len(plan.requests))
+        try:
+            return await open_answer(plan, self.backend, closed=leave)
+        except BaseException:
+            leave()
+            raise
 
     async def tokenize(self, model: str, prompt: str | Chat, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text (which may be empty here) or a chat."""

@@ -28,6 +28,7 @@ from distserve.wire.channels import Backoff, Hello, sentence
 from distserve.wire.convert import WireError
 from distserve.wire.life import watched
 from distserve.wire.stream import STREAM_ENDS, Deliver, DialledStream, Outbox, OutboxOverflow
+from distserve.wire.trust import OPEN, Trust
 
 log = logging.getLogger(__name__)
 BREAKS = (*STREAM_ENDS, WireError, OutboxOverflow)
@@ -41,8 +42,9 @@ UNLISTED_S = 60.0
 class ControllerLink:
     """The stream to the controller. ``run`` is its one task."""
 
-    def __init__(self, me: GatewayRef, address: str, deliver: Deliver) -> None:
+    def __init__(self, me: GatewayRef, address: str, deliver: Deliver, trust: Trust = OPEN) -> None:
         self._me = me
+        self._trust = trust
         self._address = address
         self._deliver = deliver
         self._outbox: Outbox[Event] | None = None
@@ -57,7 +59,8 @@ class ControllerLink:
         """Stay attached until cancelled."""
         backoff = Backoff(self._me.incarnation)
         while True:
-            self._stream = DialledStream(self._address, ControllerServiceStub, "AttachGateway", Hello(self._me))
+            hello = Hello(self._me)
+            self._stream = DialledStream(self._address, ControllerServiceStub, "AttachGateway", hello, self._trust)
             try:
                 await self._attend(self._stream, backoff)
                 why = "it ended the stream"
@@ -97,8 +100,11 @@ class _Link:
 class InstanceLinks:
     """The streams to all members."""
 
-    def __init__(self, me: GatewayRef, deliver: Deliver, broke: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, me: GatewayRef, deliver: Deliver, broke: Callable[[BaseException], None], trust: Trust = OPEN
+    ) -> None:
         self._me = me
+        self._trust = trust
         self._deliver = deliver
         self._broke = broke
         self._links: dict[InstanceRef, _Link] = {}
@@ -137,7 +143,7 @@ class InstanceLinks:
         try:
             while self._wanted(link):
                 hello = Hello(self._me, to=ref)
-                stream = DialledStream(link.endpoint.address, InstanceServiceStub, "AttachGateway", hello)
+                stream = DialledStream(link.endpoint.address, InstanceServiceStub, "AttachGateway", hello, self._trust)
                 try:
                     await self._attend(stream, ref, link, backoff)
                     why = "it ended the stream"

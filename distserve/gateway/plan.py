@@ -16,16 +16,13 @@ from dataclasses import dataclass, replace
 from distserve.core.types import Code, ModelSpec, Request, Sampling, Stopping
 from distserve.gateway.ask import Ask, Chat, Prompt
 from distserve.gateway.backend import RequestFailed
+from distserve.gateway.limits import Limits
 from distserve.gateway.template import TemplateRefused
 from distserve.gateway.text import TextCodec
 
 SEEDS = 1 << 64
-MAX_N = 16
 MAX_LOGPROBS = 20
-MAX_STOPS = 16
-MAX_STOP_CHARS = 512
 MAX_STOP_TOKENS = 256
-MAX_BIASED = 4096
 MAX_PRIORITY = 1000
 MAX_NAME_CHARS = 128
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -40,17 +37,6 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "presence_penalty": (-2.0, 2.0, False),
     "frequency_penalty": (-2.0, 2.0, False),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a gateway accepts, whatever the model."""
-
-    max_prompts: int = 256  # prompts in one call
-    max_requests: int = 512  # prompts times n
-    max_prompt_chars: int = 2_000_000
-    default_timeout_s: float = 600.0
-    max_timeout_s: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +67,11 @@ class Plan:
 
 async def make_plan(ask: Ask, served: Served, limits: Limits) -> Plan:
     """Check, fill in and tokenize. Raises ``RequestFailed``, nearly always with INVALID_ARGUMENT."""
-    n = _whole(ask, "n", ask.n, 1, MAX_N, default=1)
+    n = _whole(ask, "n", ask.n, 1, limits.max_n, default=1)
     _check_counts(ask, n, limits)
     seed = secrets.randbelow(SEEDS) if ask.seed is None else ask.seed % SEEDS
-    sampling = _sampling(ask, served.spec)
-    stop = _stop(ask)
+    sampling = _sampling(ask, served.spec, limits)
+    stop = _stop(ask, limits)
     started = time.perf_counter()
     prompts = [await tokenize(served, prompt, ask, limits) for prompt in ask.prompts]
     tokenize_s = time.perf_counter() - started
@@ -126,6 +112,8 @@ async def tokenize(served: Served, prompt: Prompt, ask: Ask, limits: Limits) -> 
             check_token_ids(ids, served.spec.vocab_size, field)
     if not ids:
         raise invalid(field, "The prompt is empty; send at least one token.")
+    if 0 < limits.max_prompt_tokens < len(ids):
+        raise invalid(field, f"The prompt has {len(ids)} tokens; at most {limits.max_prompt_tokens} are accepted.")
     return ids
 
 
@@ -173,7 +161,7 @@ def _short(text: str, field: str, limits: Limits) -> str:
     return text
 
 
-def _sampling(ask: Ask, spec: ModelSpec) -> Sampling:
+def _sampling(ask: Ask, spec: ModelSpec, limits: Limits) -> Sampling:
     top_k = 0 if ask.top_k == -1 else ask.top_k
     return Sampling(
         temperature=_number(ask, "temperature", ask.temperature, default=1.0),
@@ -184,14 +172,14 @@ def _sampling(ask: Ask, spec: ModelSpec) -> Sampling:
         presence_penalty=_number(ask, "presence_penalty", ask.presence_penalty, default=0.0),
         frequency_penalty=_number(ask, "frequency_penalty", ask.frequency_penalty, default=0.0),
         logprobs=_whole(ask, "logprobs", ask.logprobs, 0, MAX_LOGPROBS, default=-1),
-        logit_bias=_logit_bias(ask, spec),
+        logit_bias=_logit_bias(ask, spec, limits.max_logit_bias),
     )
 
 
-def _logit_bias(ask: Ask, spec: ModelSpec) -> tuple[tuple[int, float], ...]:
+def _logit_bias(ask: Ask, spec: ModelSpec, most: int) -> tuple[tuple[int, float], ...]:
     field = ask.name_of("logit_bias")
-    if len(ask.logit_bias) > MAX_BIASED:
-        raise invalid(field, f"{len(ask.logit_bias)} biased tokens are too many; send at most {MAX_BIASED}.")
+    if len(ask.logit_bias) > most:
+        raise invalid(field, f"{len(ask.logit_bias)} biased tokens are too many; send at most {most}.")
     check_token_ids(tuple(ask.logit_bias), spec.vocab_size, field)
     for token_id, bias in ask.logit_bias.items():
         if not -100.0 <= bias <= 100.0:
@@ -199,15 +187,17 @@ def _logit_bias(ask: Ask, spec: ModelSpec) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(ask.logit_bias.items()))
 
 
-def _stop(ask: Ask) -> tuple[str, ...]:
+def _stop(ask: Ask, limits: Limits) -> tuple[str, ...]:
     field = ask.name_of("stop")
-    if len(ask.stop) > MAX_STOPS:
-        raise invalid(field, f"{len(ask.stop)} stop texts are too many; send at most {MAX_STOPS}.")
+    if len(ask.stop) > limits.max_stops:
+        raise invalid(field, f"{len(ask.stop)} stop texts are too many; send at most {limits.max_stops}.")
     for text in ask.stop:
         if not text:
             raise invalid(field, "A stop text is empty; leave it out.")
-        if len(text) > MAX_STOP_CHARS:
-            raise invalid(field, f"A stop text has {len(text)} characters; at most {MAX_STOP_CHARS} are accepted.")
+        if len(text) > limits.max_stop_chars:
+            raise invalid(
+                field, f"A stop text has {len(text)} characters; at most {limits.max_stop_chars} are accepted."
+            )
     return ask.stop
 
 

@@ -24,11 +24,11 @@ from distserve.gateway.frontend import FrontEnd
 from distserve.gateway.http.app import HttpConfig, Metrics, http_app
 from distserve.gateway.http.server import HttpServer, serve_http
 from distserve.gateway.options import GatewayOptions
-from distserve.gateway.plan import Limits
 from distserve.gateway.ports import PortUnavailable
-from distserve.gateway.rpc.server import GrpcServer, build_grpc_server
+from distserve.gateway.rpc.server import GrpcConfig, GrpcServer, build_grpc_server
 from distserve.gateway.shell import GatewayShell
 from distserve.gateway.text import TextCodec
+from distserve.gateway.traffic import Traffic
 from distserve.observe import codec
 from distserve.observe.exposition import CONTENT_TYPE, ProcessCost, merge, text
 from distserve.observe.journal import Journal
@@ -37,6 +37,8 @@ from distserve.observe.metrics import ClusterMetrics, GatewayMetrics
 from distserve.wire.channels import PortTaken
 from distserve.wire.host import Observer
 from distserve.wire.life import Ending, fresh_incarnation, tell
+from distserve.wire.tls import Certificates
+from distserve.wire.trust import Trust
 
 log = logging.getLogger(__name__)
 STOPPED, BROKE, CANNOT_START = 0, 1, 2
@@ -95,23 +97,31 @@ class RunningGateway:
         }
 
     async def start(self, observers: Sequence[Observer], metrics: Metrics) -> None:
-        """Listen and dial. Raises ``PortUnavailable``; ``stop`` cleans up in any case."""
+        """Listen and dial. Raises ``PortUnavailable``, ``Unsafe``, ``BadKeys``; ``stop`` cleans up in any case."""
         options = self._options
+        options.check()
+        limits = dataclasses.replace(options.limits, default_timeout_s=options.default_timeout_s)
+        tls = options.public_tls
+        certificates = Certificates(tls) if tls is not None else None
         codec_ = await asyncio.to_thread(TextCodec.load, Path(options.model))
+        traffic = Traffic()
         self._shell = GatewayShell(
-            options, self.ref, self.controller_address, observers, self._on_change, self._on_broken
-        )
+            options, self.ref, self.controller_address, [*observers, traffic], self._on_change, self._on_broken,
+            Trust.of(options.security),
+        )  # fmt: skip
         front_end = FrontEnd(
             self._shell,
             {options.model_name: codec_},
-            Limits(default_timeout_s=options.default_timeout_s),
-            keys=ApiKeys(options.api_keys),
+            limits,
+            keys=ApiKeys(file=options.api_keys),
+            traffic=traffic,
         )
         if options.http_port is not None:
-            app = http_app(front_end, metrics, HttpConfig(started_at=int(time.time())))
-            self.http = await serve_http(app, options.host, options.http_port)
+            config = HttpConfig(limits.max_body_bytes, int(time.time()), options.open_metrics)
+            app = http_app(front_end, metrics, config)
+            self.http = await serve_http(app, options.host, options.http_port, limits, certificates)
         if options.grpc_port is not None:
-            server = build_grpc_server(front_end)
+            server = build_grpc_server(front_end, GrpcConfig(limits, certificates))
             await server.start(options.host, options.grpc_port)
             self.grpc = server
         self._shell.start()

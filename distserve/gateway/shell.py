@@ -24,6 +24,7 @@ from distserve.sched.gateway import GatewayState
 from distserve.sched.stream import Stream, StreamPhase
 from distserve.wire.host import MachineHost, Observer
 from distserve.wire.life import watched
+from distserve.wire.trust import OPEN, Trust
 
 _WAITS = {
     StreamPhase.DISPATCHING: "the controller to name instances",
@@ -42,14 +43,16 @@ class GatewayShell:
         observers: Sequence[Observer] = (),
         on_change: Callable[[bool], None] = lambda _: None,
         broke: Callable[[BaseException], None] = lambda _: None,
+        trust: Trust = OPEN,
     ) -> None:
+        self._trust = trust
         self._broke = broke
         self._options = options
         self._me = me
         self._machine = GatewayState(me, options.machine)
         self._host = MachineHost(self._machine, self._perform, observers)
-        self._controller = ControllerLink(me, controller, self._take_in)
-        self._instances = InstanceLinks(me, self._take_in, broke)
+        self._controller = ControllerLink(me, controller, self._take_in, trust)
+        self._instances = InstanceLinks(me, self._take_in, broke, trust)
         self._canary = Canary(self, self._connected, on_change, timeout_s=options.canary_timeout_s, seed=me.incarnation)
         self._streams: dict[str, ClientStream] = {}  # by the cluster's id
         self._names: dict[str, str] = {}  # a client's id → the cluster's
@@ -123,7 +126,7 @@ class GatewayShell:
         if (stream := self._machine.streams.get(ours)) is None:
             return None
         places = {e.ref: e for e in (stream.prefill, stream.decode) if e is not None}
-        held = await operators.holdings(list(places.values()), ours)
+        held = await operators.holdings(list(places.values()), ours, self._trust)
         owner, holding = max(held, key=lambda each: each[1].epoch, default=("", None))
         now = self._host.now()
         return RequestView(
@@ -157,12 +160,12 @@ class GatewayShell:
     async def instances(self) -> Sequence[InstanceView]:
         """As ``Backend.instances``."""
         connected = self._machine.connected
-        views = (operators.view(m, connected=m.ref in connected) for m in self.members())
+        views = (operators.view(m, connected=m.ref in connected, trust=self._trust) for m in self.members())
         return list(await asyncio.gather(*views))
 
     async def kv_check(self) -> Sequence[KvReport]:
         """As ``Backend.kv_check``."""
-        return list(await asyncio.gather(*(operators.kv_report(m) for m in self.members())))
+        return list(await asyncio.gather(*(operators.kv_report(m, self._trust) for m in self.members())))
 
     # ── between machine and links ────────────────────────────────────────────────────────────────────────────────────
 

@@ -48,7 +48,9 @@ class ChatTemplate:
         names |= {"messages": [dict(m) for m in messages], "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(**names)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+        except RecursionError as error:
+            raise TemplateRefused("a value has too many lists or objects within each other") from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRefused(str(error) or type(error).__name__) from error
 
 

@@ -25,6 +25,7 @@ from distserve.v1.control_pb2_grpc import ControllerServiceStub
 from distserve.wire.channels import Backoff, Hello, sentence
 from distserve.wire.convert import WireError
 from distserve.wire.stream import STREAM_ENDS, Deliver, DialledStream, Outbox, OutboxOverflow
+from distserve.wire.trust import OPEN, Trust
 
 log = logging.getLogger(__name__)
 SHORTEST_GAP_S = 0.1
@@ -47,7 +48,9 @@ class Membership:
         deliver: Deliver,
         welcomed: Callable[[], None],
         refused: Callable[[str], None],
+        trust: Trust = OPEN,
     ) -> None:
+        self._trust = trust
         self._address = address
         self._member = member
         self._load = load
@@ -69,7 +72,7 @@ class Membership:
         backoff = Backoff(self._member.ref.incarnation)
         while not self._leaving:
             hello = Hello(self._member.ref, endpoint=self._member.endpoint)
-            self._stream = DialledStream(self._address, ControllerServiceStub, "AttachInstance", hello)
+            self._stream = DialledStream(self._address, ControllerServiceStub, "AttachInstance", hello, self._trust)
             try:
                 await self._attend(self._stream, backoff)
                 why = "it ended the stream"

@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from distserve.core.effects import Controller
-from distserve.core.events import Event
+from distserve.core.events import Draining, Event
 from distserve.core.types import GatewayRef, InstanceRef, Load, Member
 from distserve.instance.inbox import Inbox
 from distserve.instance.loop import Turn
@@ -27,6 +27,7 @@ from distserve.v1 import control_pb2 as pb
 from distserve.v1.control_pb2_grpc import InstanceServiceServicer, add_InstanceServiceServicer_to_server
 from distserve.wire.attachments import Context, ServerEnd
 from distserve.wire.life import watched
+from distserve.wire.trust import OPEN, Trust
 
 T = TypeVar("T")
 ANSWER_S = 30.0
@@ -65,21 +66,25 @@ class Network:
         welcomed: Callable[[], None],
         refused: Callable[[str], None],
         broke: Callable[[BaseException], None],
+        trust: Trust = OPEN,
     ) -> None:
         self._broke = broke
+        self._trust = trust
         self._member = member
         self._inbox = inbox
         self._now = _Standing(load)
         self._now.idle.set()
         self._gateways = GatewayStreams(member.ref, self._take_in)
-        self._peers = Peers(member.endpoint, self._take_in)
-        self._membership = Membership(controller, member, lambda: self._now.load, self._take_in, welcomed, refused)
+        self._peers = Peers(member.endpoint, self._take_in, trust)
+        self._membership = Membership(
+            controller, member, lambda: self._now.load, self._take_in, welcomed, refused, trust
+        )
         self._attendance: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
 
     async def start(self, server: grpc.aio.Server, answers: Answers) -> None:
         """Serve on a bound server and join the controller."""
-        servicer = _InstanceService(self._member.ref, self._gateways, self._peers, self._inbox, answers)
+        servicer = _InstanceService(self._member.ref, self._gateways, self._peers, self._inbox, answers, self._trust)
         add_InstanceServiceServicer_to_server(servicer, server)
         await server.start()
         self._server = server
@@ -104,8 +109,9 @@ class Network:
             self._membership.load_changed()
 
     def refuse_new(self) -> None:
-        """Take no new request any more."""
+        """Take no new request and no new move any more."""
         self._gateways.refuse_new()
+        self._inbox.put(Draining())
 
     async def idle(self) -> None:
         """Wait until the machine holds nothing for anybody."""
@@ -137,21 +143,30 @@ class Network:
 class _InstanceService(InstanceServiceServicer):
     """Incoming calls."""
 
-    def __init__(self, me: InstanceRef, gateways: GatewayStreams, peers: Peers, inbox: Inbox, answers: Answers) -> None:
+    def __init__(
+        self,
+        me: InstanceRef,
+        gateways: GatewayStreams,
+        peers: Peers,
+        inbox: Inbox,
+        answers: Answers,
+        trust: Trust,
+    ) -> None:
         self._me = me
+        self._trust = trust
         self._gateways = gateways
         self._peers = peers
         self._inbox = inbox
         self._answers = answers
 
     async def AttachGateway(self, request_iterator: AsyncIterator[Any], context: Context) -> None:
-        end = ServerEnd(request_iterator, context)
+        end = ServerEnd(request_iterator, context, self._trust)
         hello = await end.greet(self._me, GatewayRef)
         assert isinstance(hello.sender, GatewayRef)
         await end.guarded(self._gateways.attach(hello.sender, end))
 
     async def AttachPeer(self, request_iterator: AsyncIterator[Any], context: Context) -> None:
-        end = ServerEnd(request_iterator, context)
+        end = ServerEnd(request_iterator, context, self._trust)
         hello = await end.greet(self._me, InstanceRef)
         await end.guarded(self._peers.accept(hello, end))
 

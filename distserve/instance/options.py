@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distserve.core.types import Role
 from distserve.sched.config import InstanceConfig
+from distserve.wire.security import SecurityOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,18 +24,44 @@ class InstanceOptions:
     role: Role = Role.MIXED
     dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
     device: str = "cpu"
+    kernels: str = "auto"  # "auto" | "native" | "torch"
     threads: int = 1  # of the forward pass
     kv_tokens: int = 65_536  # size of the KV pool, in tokens
     block_size: int = 16  # tokens a block
     max_model_len: int | None = None  # None: what the model's configuration says
+    tp: int = 1  # ranks that share each layer's heads
+    pp: int = 1  # stages of layers, each of ``tp`` ranks
+    rank_timeout_s: float = 120.0  # the longest wait of one rank for another
     transfer: str = "auto"  # "auto" | "shm" | "gloo" | "nccl"
     host: str = "127.0.0.1"  # to bind
     port: int = 0
     ops_port: int | None = None  # HTTP port of /metrics, /livez and /readyz; 0: any; None: off
     advertise_host: str = ""  # what others dial; empty: ``host``, or our side of the way to the controller
+    advertise: str = ""  # HOST:PORT that others dial for gRPC, where a translated port leads here; empty: our own
+    data_port: int = 0  # of the KV data plane
+    advertise_data: str = ""  # as ``advertise``, for the KV data plane
+    step_timeout_s: float | None = 300.0  # a step that takes longer ends the process; None: no limit
     machine: InstanceConfig = field(default_factory=InstanceConfig)  # limits and deadlines, see there
+    security: SecurityOptions = field(default_factory=SecurityOptions)
     journal: Path | None = None  # JSON lines of every event with its effects
     grace_s: float = 10.0  # after SIGTERM: how long running requests may take to finish
     ready_fd: int | None = None
     parent_fd: int | None = None
     log_level: str = "info"
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for what can be known before anything is started; the text is for the user."""
+        self.security.check_control(self.host)
+        for flag, address in (("--advertise", self.advertise), ("--advertise-data", self.advertise_data)):
+            host, _, port = address.rpartition(":")
+            if address and not (host and port.isdigit() and 0 < int(port) < 65_536):
+                raise ValueError(f"{flag} {address}: HOST:PORT is needed, as others dial it")
+        for flag, count in (("--tp", self.tp), ("--pp", self.pp)):
+            if count < 1:
+                raise ValueError(f"{flag} {count}: at least 1 is needed")
+        if self.tp * self.pp > 1 and self.advertise_data:
+            raise ValueError("--advertise-data names one address, but every rank has its own: leave it out")
+        if self.rank_timeout_s <= 0:
+            raise ValueError(f"--rank-timeout {self.rank_timeout_s:g}: more than 0 is needed")
+        if self.step_timeout_s is not None and self.step_timeout_s <= 0:
+            raise ValueError(f"--step-timeout {self.step_timeout_s:g}: more than 0 is needed, or none for no limit")

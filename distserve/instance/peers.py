@@ -18,6 +18,7 @@ from distserve.wire.attachments import ServerEnd
 from distserve.wire.channels import Hello, sentence
 from distserve.wire.convert import WireError
 from distserve.wire.stream import STREAM_ENDS, Deliver, DialledStream, Outbox, OutboxOverflow
+from distserve.wire.trust import OPEN, Trust
 
 log = logging.getLogger(__name__)
 OUTBOX_LIMIT = 16_384
@@ -40,8 +41,9 @@ class _Peer:
 class Peers:
     """Every instance that was spoken to. Lives on the asyncio loop. ``deliver`` has ``learn`` see events too."""
 
-    def __init__(self, me: Endpoint, deliver: Deliver) -> None:
+    def __init__(self, me: Endpoint, deliver: Deliver, trust: Trust = OPEN) -> None:
         self._me = me
+        self._trust = trust
         self._deliver = deliver
         self._peers: dict[InstanceRef, _Peer] = {}
         self._addresses: dict[InstanceRef, str] = {}
@@ -121,7 +123,7 @@ class Peers:
         if address is None:
             raise _NotReached(f"{peer.ref} left the cluster")
         hello = Hello(self._me.ref, peer.ref, self._me)
-        stream = DialledStream(address, InstanceServiceStub, "AttachPeer", hello)
+        stream = DialledStream(address, InstanceServiceStub, "AttachPeer", hello, self._trust)
         try:
             try:
                 await stream.accepted()

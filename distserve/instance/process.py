@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from typing import TypeVar
@@ -31,7 +32,16 @@ from distserve.instance.network import Answers, Network
 from distserve.instance.ops import Operations
 from distserve.instance.options import InstanceOptions
 from distserve.instance.progress import LoadProgress
+from distserve.instance.ranks.crew import RankLost
+from distserve.instance.ranks.engine import RankedEngine
+from distserve.instance.ranks.instance import RankedInstance
+from distserve.instance.ranks.moves import RankedDataPlane
+from distserve.instance.ranks.muster import Orders
+from distserve.instance.ranks.place import Place, place_of
+from distserve.instance.ranks.worker import run_placed
 from distserve.instance.views import inspect, kv_check
+from distserve.instance.watchdog import WatchedEngine
+from distserve.kv.shard import Parallel
 from distserve.models.errors import ModelError
 from distserve.observe import codec
 from distserve.observe.journal import Journal
@@ -41,6 +51,8 @@ from distserve.transfer import Mover, MoverEvent, TransferConfig
 from distserve.transfer import events as mover_events
 from distserve.wire.channels import PortTaken, address_of, bind, own_host
 from distserve.wire.life import Ending, fresh_incarnation, tell
+from distserve.wire.secret import ClusterSecret
+from distserve.wire.trust import OPEN, Trust
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,18 +67,30 @@ RELEASE_S = 5.0
 def main(options: InstanceOptions) -> int:
     """Run an instance until it is told to stop; returns the process's exit code."""
     set_up(f"instance {options.id}", options.log_level)
-    return asyncio.run(InstanceProcess(options).run())
+    try:
+        place = place_of(os.environ, options_parallel(options))
+        if place is not None and place.rank > 0:
+            return run_placed(place, rank_key(Trust.of(options.security).secret), options.host)
+    except ValueError as error:
+        log.error("%s", error)
+        return CANNOT_START
+    return asyncio.run(InstanceProcess(options, place).run())
 
 
 class InstanceProcess:
     """One life of an instance."""
 
-    def __init__(self, options: InstanceOptions) -> None:
+    def __init__(self, options: InstanceOptions, place: Place | None = None) -> None:
+        """``place``: rank 0's, where somebody else starts the other ranks."""
         self._options = options
+        self._place = place
+        self._ranks: RankedInstance | None = None
         self._ref = InstanceRef(options.id, fresh_incarnation())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._seed = secrets.randbits(63)  # of ticket nonces
         self._code = STOPPED
+        self._own = Endpoint(self._ref, "", "")  # where it listens; what it advertises may be before a translator
+        self._trust = OPEN
 
     async def run(self) -> int:
         """Start, serve, end. Returns the exit code."""
@@ -75,7 +99,11 @@ class InstanceProcess:
         async with AsyncExitStack() as held:
             held.callback(ending.close)
             try:
-                server, port = bind(self._options.host, self._options.port)
+                self._options.check()
+                self._trust = Trust.of(self._options.security)
+                server, port = bind(self._options.host, self._options.port, self._trust)
+                if options_parallel(self._options).ranks > 1:
+                    self._ranks = self._ranked(ending, inbox)
                 engine = await self._load(ending)
                 mover = self._mover(engine, inbox)
                 held.push_async_callback(self._release, mover)
@@ -89,7 +117,31 @@ class InstanceProcess:
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _load(self, ending: Ending) -> Engine:
+    def _ranked(self, ending: Ending, inbox: Inbox) -> RankedInstance:
+        options, loop = self._options, asyncio.get_running_loop()
+        transfer = self._transfer()
+        orders = Orders(
+            ref=self._ref,
+            parallel=options_parallel(options),
+            transfer=options.transfer,
+            timeout_s=options.rank_timeout_s,
+            log_level=options.log_level,
+            key=rank_key(self._trust.secret),
+            data_keys=transfer.keys,
+            data_port=transfer.port,
+        )
+
+        def lost(words: str) -> None:
+            loop.call_soon_threadsafe(self._hung, ending, words)
+
+        def asked() -> None:
+            loop.call_soon_threadsafe(ending.ask)
+
+        return RankedInstance(
+            orders, self._place, lost=lost, asked=asked, report=lambda event: inbox.put(stage_event(event))
+        )
+
+    async def _load(self, ending: Ending) -> Engine | RankedEngine:
         """Load the model on the step thread. A process that is told to end meanwhile has nothing to release."""
         options = self._options
         config = EngineConfig(
@@ -97,24 +149,28 @@ class InstanceProcess:
             name=options.model_name,
             dtype=options.dtype,
             device=options.device,
+            kernels=options.kernels,
             threads=options.threads,
             kv_tokens=options.kv_tokens,
             block_size=options.block_size,
             max_model_len=options.max_model_len or 0,
         )
         began = time.monotonic()
+        load: Callable[..., Engine | RankedEngine] = Engine.load if self._ranks is None else self._ranks.load
         loading = asyncio.get_running_loop().run_in_executor(
-            self._thread, Engine.load, config, LoadProgress(options.model)
+            self._thread, load, config, LoadProgress(options.model)
         )
         if not await first_of(loading, ending.asked):
             log.info("told to stop while loading %s", options.model)
-            leave_at_once(STOPPED)
+            leave_at_once(self._code)
         engine = loading.result()
         log.info("loaded %s in %.1f s", options.model, time.monotonic() - began)
         return engine
 
-    def _mover(self, engine: Engine, inbox: Inbox) -> Mover:
+    def _mover(self, engine: Engine | RankedEngine, inbox: Inbox) -> Mover | RankedDataPlane:
         options = self._options
+        if self._ranks is not None:
+            return self._ranks.data_plane(self._transfer())
         return Mover(
             self._ref,
             engine.pool.tensor,
@@ -122,16 +178,28 @@ class InstanceProcess:
             fingerprint=engine.spec.fingerprint,
             report=lambda event: inbox.put(stage_event(event)),
             kind=options.transfer,
-            config=TransferConfig(bind_host=options.host, advertise_host=self._advertised()),
+            config=self._transfer(),
+        )
+
+    def _transfer(self) -> TransferConfig:
+        """Settings of the data plane. Chaos runs override this to reach into staging."""
+        options = self._options
+        secret = self._trust.secret
+        return TransferConfig(
+            bind_host=options.host,
+            port=options.data_port,
+            advertise_host=self._advertised(),
+            keys=secret.derive("transfer") if secret is not None else (),
         )
 
     def _advertised(self) -> str:
         return self._options.advertise_host or own_host(self._options.host, self._options.controller)
 
-    def _member(self, engine: Engine, mover: Mover, port: int) -> Member:
+    def _member(self, engine: Engine | RankedEngine, mover: Mover | RankedDataPlane, port: int) -> Member:
         options = self._options
-        address = address_of(self._advertised(), port)
-        return Member(Endpoint(self._ref, address, mover.address), options.role, engine.spec, __version__)
+        self._own = Endpoint(self._ref, address_of(self._advertised(), port), mover.address)
+        address, data_address = options.advertise or self._own.address, options.advertise_data or mover.address
+        return Member(Endpoint(self._ref, address, data_address), options.role, engine.spec, __version__)
 
     # ── serve ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -140,8 +208,8 @@ class InstanceProcess:
         ending: Ending,
         server: grpc.aio.Server,
         member: Member,
-        engine: Engine,
-        mover: Mover,
+        engine: Engine | RankedEngine,
+        mover: Mover | RankedDataPlane,
         inbox: Inbox,
         journals: Sequence[Journal],
     ) -> None:
@@ -164,12 +232,17 @@ class InstanceProcess:
             welcomed=welcomed,
             refused=refused,
             broke=lambda _: self._end(ending, BROKE),
+            trust=self._trust,
         )
 
         def outward(turn: Turn) -> None:
             asyncio_loop.call_soon_threadsafe(network.on_turn, turn)
 
-        steps = StepLoop(inbox, machine, engine, mover, outward, [*journals, operations.observer])
+        def late(words: str) -> None:
+            asyncio_loop.call_soon_threadsafe(self._hung, ending, words)
+
+        watched = WatchedEngine(engine, options.step_timeout_s or math.inf, late)
+        steps = StepLoop(inbox, machine, watched, mover, outward, [*journals, operations.observer])
         stepping = asyncio_loop.run_in_executor(self._thread, steps.run)
         stepping.add_done_callback(lambda _: ending.ask())
         try:
@@ -182,6 +255,7 @@ class InstanceProcess:
         finally:
             await operations.stop()
             await self._stop(network, inbox, stepping)
+            watched.close()
 
     async def _open_ops(self, operations: Operations, ending: Ending) -> int | None:
         """The operations port, if one is wanted; without it the instance ends, for nobody could watch it."""
@@ -217,10 +291,18 @@ class InstanceProcess:
             role=str(member.role),
             address=member.endpoint.address,
             data_address=member.endpoint.data_address,
+            own_address=self._own.address,
+            own_data_address=self._own.data_address,
             ops_port=ops_port,
         )
 
     # ── end ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _hung(self, ending: Ending, words: str) -> None:
+        log.critical("%s", words)
+        if self._ranks is not None:
+            self._ranks.kill()
+        self._end(ending, BROKE)
 
     def _end(self, ending: Ending, code: int) -> None:
         self._code = code
@@ -241,7 +323,7 @@ class InstanceProcess:
         finally:
             idle.cancel()
 
-    async def _release(self, mover: Mover) -> None:
+    async def _release(self, mover: Mover | RankedDataPlane) -> None:
         try:
             async with asyncio.timeout(RELEASE_S):
                 await asyncio.to_thread(mover.close)
@@ -258,10 +340,19 @@ class InstanceProcess:
             log.error("the last step took over %.0f s; leaving it", LAST_STEP_S)
             leave_at_once(BROKE)
         if (error := stepping.exception()) is not None:
-            log.critical("the step loop broke", exc_info=error)
+            log.critical("the step loop broke", exc_info=None if isinstance(error, RankLost) else error)
             self._code = BROKE
         self._thread.shutdown()
         log.info("stopped")
+
+
+def options_parallel(options: InstanceOptions) -> Parallel:
+    return Parallel(options.tp, options.pp)
+
+
+def rank_key(secret: ClusterSecret | None) -> bytes:
+    """What ranks that others start must know; empty in a cluster without a secret."""
+    return secret.derive("ranks")[0] if secret is not None else b""
 
 
 async def first_of(work: asyncio.Future[T], stop: asyncio.Event) -> bool:

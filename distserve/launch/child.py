@@ -32,13 +32,15 @@ class Child:
         self._lines = lines
 
     @classmethod
-    async def start(cls, name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> Child:
-        """Run ``distserve ARGUMENTS`` with a ready and a parent descriptor."""
+    async def start(
+        cls, name: str, arguments: Sequence[str], environ: Mapping[str, str], module: str = "distserve.cli"
+    ) -> Child:
+        """Run ``python -m MODULE ARGUMENTS`` with a ready and a parent descriptor."""
         ready_read, ready_write = os.pipe()
         parent_read, parent_write = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "distserve.cli", *arguments),
+                *(sys.executable, "-m", module, *arguments),
                 *("--ready-fd", str(ready_write), "--parent-fd", str(parent_read)),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(ready_write, parent_read),

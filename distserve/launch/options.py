@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distserve.core.types import Role
+from distserve.gateway.limits import Limits
 from distserve.sched.config import ClusterConfig, GatewayConfig, InstanceConfig
+from distserve.wire.security import SecurityOptions, TlsFiles
 
 DTYPES = ("float32", "bfloat16", "float16")
+KERNELS = ("auto", "native", "torch")
 TRANSFERS = ("auto", "shm", "gloo", "nccl")
 LEVELS = ("debug", "info", "warning", "error")
 _MOST_INSTANCES = 64  # of one role on one machine; beyond, a typing error is likelier than a wish
+_MOST_RANKS = 64
 
 
 class BadOptions(ValueError):
@@ -31,7 +35,15 @@ class ServeOptions:
     mixed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
+    kernels: str = "auto"
     threads_per_rank: int | None = None
+    tp: int = 1
+    pp: int = 1
+    prefill_tp: int | None = None
+    prefill_pp: int | None = None
+    decode_tp: int | None = None
+    decode_pp: int | None = None
+    rank_timeout_s: float = 120.0
     kv_tokens: int = 65_536
     block_size: int = 16
     max_model_len: int | None = None
@@ -40,7 +52,9 @@ class ServeOptions:
     http_port: int | None = 8000
     grpc_port: int | None = 50051
     controller_port: int = 0
-    api_keys: tuple[str, ...] = ()
+    api_keys: Path | None = None
+    open_metrics: bool = False
+    public_tls_dir: Path | None = None
     default_timeout_s: float = 600.0
     unread_limit_s: float = 60.0
     canary: bool = True
@@ -48,6 +62,7 @@ class ServeOptions:
     start_timeout_s: float = 600.0
     grace_s: float = 10.0
     restart: bool = True
+    step_timeout_s: float | None = 300.0
     print_ready: bool = False
     journal: Path | None = None
     log_level: str = "info"
@@ -55,6 +70,8 @@ class ServeOptions:
     instance: InstanceConfig = field(default_factory=InstanceConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    limits: Limits = field(default_factory=Limits)
+    security: SecurityOptions = field(default_factory=SecurityOptions)
 
     @property
     def name(self) -> str:
@@ -69,12 +86,19 @@ class ServeOptions:
             counts = {Role.PREFILL: 1, Role.DECODE: 1}
         return tuple((f"{role.value}-{n}", role) for role, count in counts.items() for n in range(count))
 
+    def layout(self, role: Role) -> tuple[int, int]:
+        """(tp, pp) of the instances of a role."""
+        own = {Role.PREFILL: (self.prefill_tp, self.prefill_pp), Role.DECODE: (self.decode_tp, self.decode_pp)}
+        tp, pp = own.get(role, (None, None))
+        return self.tp if tp is None else tp, self.pp if pp is None else pp
+
     @property
     def threads(self) -> int:
-        """Threads of one instance's forward pass: an equal share of the cores unless told."""
+        """Threads of one rank's forward pass: an equal share of the cores unless told."""
         if self.threads_per_rank is not None:
             return self.threads_per_rank
-        return max(1, usable_cores() // len(self.instances))
+        layouts = [self.layout(role) for _, role in self.instances]
+        return max(1, usable_cores() // sum(tp * pp for tp, pp in layouts))
 
     def check(self) -> None:
         """Raise ``BadOptions`` for what can be known before anything is started."""
@@ -87,6 +111,10 @@ class ServeOptions:
         if not any(r.can_decode for r in roles):
             raise BadOptions("no instance could write an answer: add --decode 1 or --mixed 1")
         self._check_ports()
+        self._check_security()
+        for name in ("tp", "pp", "prefill_tp", "prefill_pp", "decode_tp", "decode_pp"):
+            if (ranks := getattr(self, name)) is not None and not 1 <= ranks <= _MOST_RANKS:
+                raise BadOptions(f"--{name.replace('_', '-')} {ranks}: between 1 and {_MOST_RANKS}")
         for name, least in (("kv_tokens", 1), ("block_size", 1), ("threads_per_rank", 1), ("max_model_len", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -95,6 +123,18 @@ class ServeOptions:
             raise BadOptions(f"--kv-tokens {self.kv_tokens} holds not one block of {self.block_size} tokens")
         if self.transfer == "nccl" and self.device == "cpu":
             raise BadOptions("--transfer nccl needs --device cuda; on a CPU choose auto, shm or gloo")
+
+    @property
+    def public_tls(self) -> TlsFiles | None:
+        """The certificate shown to clients; None: plain HTTP and gRPC. Raises ``Unsafe``."""
+        return TlsFiles.of(self.public_tls_dir) if self.public_tls_dir is not None else self.security.tls
+
+    def _check_security(self) -> None:
+        """Raise ``Unsafe`` if a port would be open to a network, or the certificates are no good for their use."""
+        self.security.check_clients(self.host, has_keys=self.api_keys is not None)
+        _ = self.public_tls
+        if self.controller_port:
+            self.security.check_control(self.host)
 
     def _check_ports(self) -> None:
         if self.http_port is None and self.grpc_port is None:

@@ -22,7 +22,7 @@ from distserve.gateway.ports import PortUnavailable
 from distserve.gateway.process import RunningGateway, gateway
 from distserve.instance.options import InstanceOptions
 from distserve.launch.options import ServeOptions
-from distserve.launch.settings import PREFIX
+from distserve.launch.settings import PREFIX, SECRET_VARIABLE
 from distserve.launch.supervisor import StartFailed, Supervisor
 from distserve.launch.words import flags_of
 from distserve.models.catalog import resolve_model
@@ -31,6 +31,8 @@ from distserve.observe.exposition import scrape
 from distserve.observe.log import set_up
 from distserve.wire.channels import PortTaken
 from distserve.wire.life import Ending
+from distserve.wire.secret import fresh
+from distserve.wire.security import SecurityOptions
 
 log = logging.getLogger(__name__)
 STOPPED, FAILED, CANNOT_START = 0, 1, 2
@@ -64,6 +66,7 @@ class _Cluster:
         self._options = options
         self._model = model
         self._supervisor: Supervisor | None = None
+        self._security = internal_security(options)
 
     async def run(self) -> int:
         began = asyncio.get_running_loop().time()
@@ -94,6 +97,9 @@ class _Cluster:
             return FAILED
         finally:
             ending.close()
+        if running.broken:
+            log.error("the gateway broke; its own words are above")
+            return FAILED
         log.info("stopped")
         return STOPPED
 
@@ -148,6 +154,9 @@ class _Cluster:
         options = self._options
         environ = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX) or k in _PASSED_ON}
         environ["OMP_NUM_THREADS"] = str(options.threads)
+        environ.pop("RANK", None)  # of whoever started us; instances start their own ranks
+        if self._security.cluster_secret:
+            environ[SECRET_VARIABLE] = self._security.cluster_secret
         self._supervisor = Supervisor(
             {name: self._instance_arguments(name, role, controller) for name, role in options.instances},
             environ,
@@ -169,14 +178,20 @@ class _Cluster:
             role=role,
             dtype=options.dtype,
             device=options.device,
+            kernels=options.kernels,
             threads=options.threads,
             kv_tokens=options.kv_tokens,
             block_size=options.block_size,
             max_model_len=options.max_model_len,
+            tp=options.layout(role)[0],
+            pp=options.layout(role)[1],
+            rank_timeout_s=options.rank_timeout_s,
             transfer=options.transfer,
             host=self._internal_host,
             ops_port=0,
             machine=options.instance,
+            step_timeout_s=options.step_timeout_s,
+            security=self._security if self._security.mutual_tls else self._security.without_tls(),
             grace_s=INSTANCE_GRACE_S,
             log_level=options.log_level,
         )
@@ -191,6 +206,10 @@ class _Cluster:
             http_port=options.http_port,
             grpc_port=options.grpc_port,
             api_keys=options.api_keys,
+            open_metrics=options.open_metrics,
+            public_tls_dir=options.public_tls_dir,
+            limits=options.limits,
+            security=self._security,
             default_timeout_s=options.default_timeout_s,
             machine=options.gateway,
             unread_limit_s=options.unread_limit_s,
@@ -207,6 +226,7 @@ class _Cluster:
             host=self._internal_host,
             port=options.controller_port,
             machine=options.cluster,
+            security=self._security,
             journal=self._journal("controller"),
             log_level=options.log_level,
         )
@@ -226,6 +246,19 @@ class _Cluster:
         print(json.dumps(facts) if self._options.print_ready else ready_words(facts), flush=True)
 
 
+def internal_security(options: ServeOptions) -> SecurityOptions:
+    """How the parts know each other. Without a named controller's port nobody else is to join: their ports are on
+    loopback, where a secret drawn for this run keeps other users of the machine out.
+    """
+    given = options.security
+    if not options.controller_port:
+        secret = given.cluster_secret or ("" if given.has_secret else fresh())
+        return dataclasses.replace(given, control_tls=False, cluster_secret=secret)
+    if not given.mutual_tls and not given.has_secret:
+        log.warning("anybody on this machine can join the cluster at --controller-port: add --cluster-secret-file")
+    return given
+
+
 class NotReady(RuntimeError):
     """The cluster did not become ready in time; the text is for the user."""
 
@@ -236,13 +269,14 @@ def ready_facts(
     """What ``--print-ready`` prints: all ports and process ids."""
     host = LOOPBACK if options.host in ("0.0.0.0", "::") else options.host
     http, grpc = ports["http_port"], ports["grpc_port"]
+    scheme = "https" if options.public_tls is not None else "http"
     return {
         "event": "ready",
         "model": options.name,
         "http_port": http,
         "grpc_port": grpc,
         "controller_port": int(str(ports["controller_address"]).rpartition(":")[2]),
-        "http_url": f"http://{host}:{http}" if http is not None else None,
+        "http_url": f"{scheme}://{host}:{http}" if http is not None else None,
         "grpc_address": f"{host}:{grpc}" if grpc is not None else None,
         "pid": os.getpid(),
         "pids": [os.getpid(), *(i["pid"] for i in instances if i)],

@@ -16,10 +16,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
+from distserve.core.documents import parse_yaml
 
 PREFIX = "DISTSERVE_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
+SECRET_VARIABLE = PREFIX + "CLUSTER_SECRET"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _NOTHING = ("none", "off", "null", "")
 
@@ -156,11 +157,13 @@ def _number(kind: type, text: str) -> Any:
 def read_file(path: Path) -> dict[str, Any]:
     """The mapping of a YAML file. Raises ``BadSetting``."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadSetting(f"cannot read the configuration file {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise BadSetting(f"the configuration file {path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise BadSetting(f"the configuration file {path} is not UTF-8 text: {error}") from error
+    except ValueError as error:
+        raise BadSetting(f"the configuration file {path} {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -199,7 +202,7 @@ def _file_values(
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     parts = [{k: v for k, v in file.items() if not isinstance(v, dict)}]
-    sections = {k: v for k, v in file.items() if isinstance(v, dict)}
+    sections = {k: {str(key): inner for key, inner in v.items()} for k, v in file.items() if isinstance(v, dict)}
     parts.append(sections.get(section, {}))
     for name, content in (("", parts[0]), *sections.items()):
         for raw in content:
@@ -209,13 +212,16 @@ def _file_values(
     for content in parts:
         for raw, value in content.items():
             if setting := by_key.get(raw.replace("_", "-")):
-                values[setting.path] = _parsed(setting, _as_text(value), f"{raw} in the configuration file")
+                where = f"{raw} in the configuration file"
+                values[setting.path] = _parsed(setting, _as_text(value, where), where)
     return values
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: Any, where: str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, (dict, set)) or (isinstance(value, list) and any(isinstance(v, (list, dict)) for v in value)):
+        raise BadSetting(f"{where}: one value, or a list of values, is needed here")
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "none" if value is None else str(value)

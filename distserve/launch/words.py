@@ -11,7 +11,7 @@ from typing import Any
 from distserve.controller.options import ControllerOptions
 from distserve.gateway.options import GatewayOptions
 from distserve.instance.options import InstanceOptions
-from distserve.launch.options import DTYPES, LEVELS, TRANSFERS, ServeOptions
+from distserve.launch.options import DTYPES, KERNELS, LEVELS, TRANSFERS, ServeOptions
 from distserve.launch.settings import Setting, Words, settings_of
 
 SERVERS: dict[str, Any] = {
@@ -27,6 +27,7 @@ HELPS: dict[str, str] = {
     "tokenizer": "directory of the tokenizer, where the model has none (random:CONFIG.json)",
     "dtype": "of weights, activations and KV",
     "device": "cpu, cuda, cuda:0, …",
+    "kernels": "who computes: native (C++, compiled for this CPU at first use), torch, or auto: native where possible",
     "kv_tokens": "size of an instance's KV pool, in tokens",
     "block_size": "tokens in a block of KV",
     "max_model_len": "longest prompt and answer together, in tokens; default: the model's own",
@@ -34,7 +35,35 @@ HELPS: dict[str, str] = {
     "host": "address to listen on",
     "http_port": "port of the OpenAI-compatible HTTP API; 0: any; none: off",
     "grpc_port": "port of the gRPC API; 0: any; none: off",
-    "api_keys": "clients must send one of these (comma-separated); empty: no authentication",
+    "api_keys": "file of clients' keys, hashed (`distserve key create`), read again when it changes; none: open to all",
+    "open_metrics": "show /metrics to clients without a key, too",
+    "public_tls_dir": "cert.pem and key.pem (or tls.crt, tls.key) for clients, where that is not --tls-dir's",
+    "tls_dir": "cert.pem, key.pem and ca.pem (or tls.crt, tls.key, ca.crt), read again when they change",
+    "tls_cert": "certificate of this process, PEM",
+    "tls_key": "its key, PEM",
+    "tls_ca": "CA of the other parts' certificates, PEM: the cluster's own; makes TLS between the parts mutual",
+    "tls_name": "name that the other parts' certificates have; default: the address dialled",
+    "cluster_secret_file": "file with the secret that the parts prove to each other (or DISTSERVE_CLUSTER_SECRET)",
+    "insecure_public": "listen on a network without authentication; only where that network is closed by other means",
+    "Limits.max_prompts": "prompts in one call",
+    "Limits.max_requests": "answers in one call: prompts times n",
+    "Limits.max_n": "answers to one prompt",
+    "Limits.max_prompt_chars": "characters of one prompt",
+    "Limits.max_prompt_tokens": "tokens of one prompt; 0: what model and instances hold",
+    "Limits.max_stops": "stop texts",
+    "Limits.max_stop_chars": "characters of a stop text",
+    "Limits.max_logit_bias": "tokens in logit_bias",
+    "Limits.max_timeout_s": "seconds that a client may give a request",
+    "Limits.max_body_bytes": "bytes of an HTTP body",
+    "Limits.max_message_bytes": "bytes of a gRPC request",
+    "Limits.max_header_bytes": "bytes of HTTP headers or gRPC metadata",
+    "Limits.header_timeout_s": "seconds a client may take for a TLS handshake (gRPC) or its headers (HTTP)",
+    "Limits.body_timeout_s": "seconds a client may take for a body",
+    "Limits.keep_alive_s": "seconds an idle HTTP connection is kept",
+    "Limits.max_client_streams": "answers under way for one key (or, without keys, one address); 0: no limit",
+    "Limits.max_client_connections": "HTTP connections of one address; 0: no limit",
+    "Limits.max_connections": "connections to the HTTP port, and to the gRPC port",
+    "Limits.max_connection_streams": "gRPC calls at once on one connection",
     "default_timeout_s": "seconds a request may take when its client set no deadline",
     "unread_limit_s": "a client that reads nothing for so many seconds is cut off",
     "canary": "call the cluster ready once a request of our own went through prefill, hand-off and decode",
@@ -45,7 +74,14 @@ HELPS: dict[str, str] = {
     "ServeOptions.prefill": "instances that read prompts",
     "ServeOptions.decode": "instances that write answers",
     "ServeOptions.mixed": "instances that do both, with chunked prefill",
-    "ServeOptions.threads_per_rank": "threads of one instance's forward pass; default: cores / instances",
+    "ServeOptions.threads_per_rank": "threads of one rank's forward pass; default: cores / ranks",
+    "tp": "tensor parallel: ranks that share each layer's heads",
+    "pp": "pipeline parallel: stages of layers, each of --tp ranks",
+    "prefill_tp": "--tp of prefill instances, if it differs",
+    "prefill_pp": "--pp of prefill instances, if it differs",
+    "decode_tp": "--tp of decode instances, if it differs",
+    "decode_pp": "--pp of decode instances, if it differs",
+    "rank_timeout_s": "seconds that one rank of an instance waits for another; then the instance ends",
     "ServeOptions.controller_port": "port of the controller's gRPC, for instances that join from elsewhere; 0: any",
     "ServeOptions.start_timeout_s": "seconds the cluster may take to become ready before serve gives up",
     "ServeOptions.restart": "start an instance again when it dies, as a fresh incarnation",
@@ -54,9 +90,13 @@ HELPS: dict[str, str] = {
     "controller": "HOST:PORT of the controller",
     "port": "gRPC port; 0: any",
     "advertise_host": "address that others reach this process at; default: --host",
+    "advertise": "HOST:PORT that others dial instead of --advertise-host and --port, where a NAT or proxy leads here",
+    "data_port": "port of the KV data plane; 0: any",
+    "advertise_data": "HOST:PORT that others dial for KV instead of --advertise-host and --data-port",
+    "step_timeout_s": "seconds one forward pass may take; an instance that hangs for longer ends; none: no limit",
+    "ops_port": "HTTP port of /metrics, /livez and /readyz; 0: any; none: off",
     "InstanceOptions.role": "what the instance is sent, and how it forms batches",
     "InstanceOptions.threads": "threads of the forward pass",
-    "InstanceOptions.ops_port": "HTTP port of /metrics, /livez and /readyz; 0: any; none: off",
     "GatewayOptions.model": "directory (or .gguf file) that the tokenizer and chat template are read from",
     "InstanceConfig.max_batch_tokens": "tokens of one step when nobody decodes",
     "InstanceConfig.max_mixed_tokens": "tokens of one step when prompts are chunked beside decodes",
@@ -93,7 +133,7 @@ HELPS: dict[str, str] = {
 
 WORDS = Words(
     helps=HELPS,
-    choices={"dtype": DTYPES, "transfer": TRANSFERS, "log_level": LEVELS},
+    choices={"dtype": DTYPES, "kernels": KERNELS, "transfer": TRANSFERS, "log_level": LEVELS},
     keys={
         "InstanceConfig.lease_s": "ticket-lease",
         "GatewayOptions.journal": "journal",
@@ -103,10 +143,13 @@ WORDS = Words(
         "ready_fd": "an inherited descriptor, set by whoever starts the process",
         "parent_fd": "an inherited descriptor, set by whoever starts the process",
         "ClusterConfig.version": "the software's own",
+        "cluster_secret": "from the environment only: a command line can be read by everybody",
+        "control_tls": "follows from --controller-port",
+        "Limits.default_timeout_s": "the gateway's own",
     },
 )
 
-OTHER_KEYS = ("cache", "server", "api-key", "config")
+OTHER_KEYS = ("cache", "server", "api-key", "config", "cluster-secret")
 """Keys that some environment variables set and no server command takes."""
 
 

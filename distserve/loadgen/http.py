@@ -6,6 +6,7 @@ Written for measuring: a C parser and nothing between the socket and the clock. 
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -33,15 +34,20 @@ class Target:
     host: str
     port: int
     path: str
-    tls: bool
+    tls: ssl.SSLContext | None
 
     @classmethod
-    def parse(cls, url: str) -> Target:
-        """Raises ``ValueError`` with a sentence when the URL cannot be used."""
+    def parse(cls, url: str, ca: str = "") -> Target:
+        """``ca``: file of the CA to trust for https; empty: the system's. Raises ``ValueError`` with a sentence."""
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is no http:// or https:// address; give one like http://127.0.0.1:8000")
-        tls = parts.scheme == "https"
+        tls = None
+        if parts.scheme == "https":
+            try:
+                tls = ssl.create_default_context(cafile=None if ca in ("", "system") else ca)
+            except OSError as error:
+                raise ValueError(f"{ca} holds no CA certificate: {error.strerror or error}") from error
         return cls(parts.hostname, parts.port or (443 if tls else 80), parts.path.rstrip("/"), tls)
 
 
@@ -67,7 +73,7 @@ async def post_events(
     A server that answers in one JSON body yields it as one event. Raises ``HttpFailed``, ``TimeoutError``, ``OSError``.
     """
     async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(target.host, target.port, ssl=target.tls or None)
+        reader, writer = await asyncio.open_connection(target.host, target.port, ssl=target.tls)
         try:
             writer.write(_request("POST", target, path, headers, orjson.dumps(body)))
             async for event in _events(reader):
@@ -79,7 +85,7 @@ async def post_events(
 async def get_json(target: Target, path: str, headers: Mapping[str, str], timeout_s: float) -> object:
     """GET a JSON document. Raises like ``post_events``, and ``HttpFailed`` when it is none."""
     async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(target.host, target.port, ssl=target.tls or None)
+        reader, writer = await asyncio.open_connection(target.host, target.port, ssl=target.tls)
         try:
             writer.write(_request("GET", target, path, headers, b""))
             answer, parser = _Answer(), None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ Prompt = str | tuple[int, ...] | tuple[dict[str, Any], ...]
 """Text, token ids, or the messages of a chat."""
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages", "prompt_tokens")
+MOST_TOKENS, MOST_SECONDS = 1 << 20, 1e9
 _ALIASES = {"input_tokens": "prompt_tokens", "output_tokens": "max_tokens"}
 
 
@@ -78,15 +80,16 @@ def read_requests(path: Path, words: WordSource, seed: int, default_max_tokens: 
     try:
         with opener(path, "rb") as file:
             lines = file.readlines()
-    except OSError as error:
-        raise BadWorkload(f"cannot read the requests file {path}: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BadWorkload(f"cannot read the requests file {path}: {why}") from error
     asks = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 asks.append(_ask(orjson.loads(line), words, rng, default_max_tokens))
-            except (orjson.JSONDecodeError, TypeError, ValueError) as error:
-                raise BadWorkload(f"{path}:{number}: {error}") from error
+            except (TypeError, ValueError, LookupError, OverflowError) as error:
+                raise BadWorkload(f"{path}:{number}: {_why(error)}") from error
     return asks
 
 
@@ -107,11 +110,28 @@ def _ask(row: Any, words: WordSource, rng: random.Random, default_max_tokens: in
             prompt = tuple(map(int, row["prompt_token_ids"]))
         case "messages":
             prompt = tuple(row["messages"])
+            if not all(isinstance(message, dict) for message in prompt):
+                raise ValueError("messages must be a list of objects with role and content")
         case _:
-            prompt = words.text(int(row["prompt_tokens"]), rng)
+            prompt = words.text(_within(row, "prompt_tokens", 0, MOST_TOKENS), rng)
     if not prompt:
         raise ValueError("the prompt is empty")
-    return Ask(prompt, int(row.get("max_tokens", default_max_tokens)), float(row.get("arrival_s", 0.0)))
+    due_s = float(row.get("arrival_s", 0.0))
+    if not 0 <= due_s < MOST_SECONDS:
+        raise ValueError(f"arrival_s must be seconds from 0 on, not {due_s}")
+    return Ask(prompt, _within(row, "max_tokens", default_max_tokens, MOST_TOKENS), due_s)
+
+
+def _within(row: dict[str, Any], key: str, default: int, most: int) -> int:
+    value = int(row.get(key, default))
+    if not 1 <= value <= most:
+        raise ValueError(f"{key} must be from 1 to {most}, not {value}")
+    return value
+
+
+def _why(error: Exception) -> str:
+    """What was wrong; a missing key's own text is the key alone."""
+    return f"{error} is missing" if isinstance(error, LookupError) else str(error)
 
 
 def _first_turn(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,27 @@ Plain JSON in, a frozen value out: no import of transformers, so that a director
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distserve.models.errors import ModelNotFound, UnsupportedModel
+from distserve.models.files import BadJson, read_object
 from distserve.models.rope import Rope, parse_rope
+
+# The most that a field may say. Far above any model there is: a damaged number must not become an allocation.
+_MOST = {
+    "vocab_size": 1 << 22,
+    "hidden": 1 << 17,
+    "intermediate": 1 << 20,
+    "layers": 1 << 10,
+    "heads": 1 << 11,
+    "kv_heads": 1 << 11,
+    "head_dim": 1 << 11,
+    "max_positions": 1 << 25,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +61,10 @@ def read_config(directory: Path) -> ModelConfig:
         eos = _read_json(generation).get("eos_token_id")
         if eos is not None:
             raw["eos_token_id"] = eos
-    return parse_config(raw)
+    try:
+        return parse_config(raw)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{directory / 'config.json'}: {error}") from error
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -57,22 +73,55 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     if "quantization_config" in raw:
         raise UnsupportedModel("quantized checkpoints are not supported; use the unquantized weights or a GGUF file")
     try:
-        return _PARSERS[architecture](architecture, raw)
+        config = _PARSERS[architecture](architecture, raw)
     except KeyError as missing:
         raise UnsupportedModel(f"config.json of a {architecture} lacks {missing}") from missing
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UnsupportedModel(f"a field of this {architecture} is no number where one is needed: {error}") from error
+    _check(config)
+    return config
+
+
+def _check(config: ModelConfig) -> None:
+    """Raises UnsupportedModel for numbers that no model has."""
+    for name, most in _MOST.items():
+        if not 1 <= getattr(config, name) <= most:
+            raise UnsupportedModel(f"{name} is {getattr(config, name)}, but must be from 1 to {most}")
+    if config.heads % config.kv_heads:
+        raise UnsupportedModel(f"{config.heads} heads cannot share {config.kv_heads} KV heads evenly")
+    if not 0 < config.norm_eps < 1:
+        raise UnsupportedModel(f"the norm's epsilon is {config.norm_eps:g}, but must be between 0 and 1")
+    if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in config.eos_token_ids):
+        raise UnsupportedModel(f"an eos_token_id is not in the vocabulary of {config.vocab_size}")
+    if config.rope is not None:
+        _check_rope(config.rope, config.head_dim)
+
+
+def _check_rope(rope: Rope, head_dim: int) -> None:
+    if head_dim % 2:
+        raise UnsupportedModel(f"rotary positions need an even head_dim, not {head_dim}")
+    numbers = (rope.theta, rope.factor, rope.low_freq_factor, rope.high_freq_factor)
+    if not all(0 < number < math.inf for number in numbers) or rope.original_length < 1:
+        raise UnsupportedModel("a number of the rope settings is not above zero")
+    if rope.kind == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
+        raise UnsupportedModel("low_freq_factor and high_freq_factor of the rope settings must differ")
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
-    named = raw.get("architectures") or [_BY_MODEL_TYPE.get(str(raw.get("model_type")), raw.get("model_type"))]
-    if named[0] not in _PARSERS:
-        raise UnsupportedModel(f"architecture {named[0]} is not supported; supported are {', '.join(sorted(_PARSERS))}")
-    return str(named[0])
+    listed = raw.get("architectures")
+    known = str(raw.get("model_type"))
+    named = listed[0] if isinstance(listed, list) and listed else _BY_MODEL_TYPE.get(known, known)
+    if not isinstance(named, str) or named not in _PARSERS:
+        said = named if isinstance(named, str) else "of no name"
+        raise UnsupportedModel(f"architecture {said:.80} is not supported; supported are {', '.join(sorted(_PARSERS))}")
+    return named
 
 
 def _rotary_decoder(architecture: str, raw: Mapping[str, Any], **features: bool) -> ModelConfig:
     """The Llama family: RMS norm, rotary positions, gated SiLU."""
     if raw.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModel(f'activation "{raw["hidden_act"]}" is not supported for {architecture}; only silu is')
+        activation = f"{raw['hidden_act']!s:.80}"
+        raise UnsupportedModel(f'activation "{activation}" is not supported for {architecture}; only silu is')
     heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
     max_positions = int(raw.get("max_position_embeddings", 2048))
     window = _sliding_window(raw)
@@ -150,7 +199,8 @@ def _sliding_window(raw: Mapping[str, Any]) -> int | None:
     """The window some layer looks through, if any. Qwen writes a window that ``use_sliding_window`` switches off."""
     if not raw.get("use_sliding_window", True) or raw.get("sliding_window") is None:
         return None
-    if "layer_types" in raw and "sliding_attention" not in raw["layer_types"]:
+    kinds = raw.get("layer_types")
+    if kinds is not None and "sliding_attention" not in kinds:
         return None
     return int(raw["sliding_window"])
 
@@ -163,14 +213,11 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError as error:
         raise ModelNotFound(f"{path} does not exist; a model directory holds config.json and safetensors") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelNotFound(f"{path} is not valid JSON ({error}); download the model again") from error
-    if not isinstance(content, dict):
-        raise ModelNotFound(f"{path} does not hold a JSON object; download the model again")
-    return content
+    except (BadJson, OSError) as error:
+        raise ModelNotFound(f"{path} {error}; download the model again") from error
 
 
 _PARSERS: dict[str, Callable[[str, Mapping[str, Any]], ModelConfig]] = {

@@ -17,29 +17,43 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from distserve.models.config import parse_config
 from distserve.models.errors import ModelError, WeightsError
+from distserve.models.gguf_check import check_gguf
 
 _FLOAT_FILES = {0: torch.float32, 1: torch.float16}  # general.file_type of unquantized files; all others: bfloat16
 
 
 def convert_gguf(gguf: Path, directory: Path) -> None:
-    """Write the model of ``gguf`` into the existing empty ``directory``. Raises WeightsError for a damaged file."""
+    """Write the model of ``gguf`` into the existing empty ``directory``.
+
+    Raises WeightsError for a damaged file, ModelError for one that makes no model we can run.
+    """
+    check_gguf(gguf)
     dtype = _stored_dtype(gguf)
     try:
-        raw = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        architecture, tensors = _dequantized(gguf, raw, dtype)
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        _convert(gguf, directory, dtype)
+    except ModelError as error:
         raise ModelError(f"{gguf} cannot be converted: {error}") from error
+    except Exception as error:  # whatever transformers and tokenizers raise for contents that make no sense to them
+        why = str(error) or type(error).__name__
+        raise ModelError(f"{gguf} cannot be converted: {why}") from error
+    for file in directory.iterdir():
+        file.chmod(0o644)
+
+
+def _convert(gguf: Path, directory: Path, dtype: torch.dtype) -> None:
+    raw = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    architecture = _class_name(raw)
     config = _clean_config(raw.to_diff_dict(), architecture, dtype)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    parse_config(config)  # before anything of the sizes it names is built
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    save_file(_dequantized(gguf, raw, dtype), directory / "model.safetensors", metadata={"format": "pt"})
     _write_json(directory / "config.json", config)
     eos = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(directory / "generation_config.json", {k: v for k, v in eos.items() if v is not None})
     tokenizer.save_pretrained(directory)
     _clean_tokenizer(directory / "tokenizer_config.json", tokenizer.chat_template, config["max_position_embeddings"])
-    for file in directory.iterdir():
-        file.chmod(0o644)
 
 
 def _stored_dtype(gguf: Path) -> torch.dtype:
@@ -50,8 +64,14 @@ def _stored_dtype(gguf: Path) -> torch.dtype:
     return torch.bfloat16 if kind is None else _FLOAT_FILES.get(int(kind.contents()), torch.bfloat16)
 
 
-def _dequantized(gguf: Path, config: Any, dtype: torch.dtype) -> tuple[str, dict[str, Tensor]]:
-    """The architecture's class name and its tensors under their Hugging Face names.
+def _class_name(config: Any) -> str:
+    """The architecture's class for causal language models."""
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    return str(mapping[type(config)].__name__)
+
+
+def _dequantized(gguf: Path, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors under their Hugging Face names.
 
     Not through ``from_pretrained``: that needs the accelerate package, and what it returns refuses to be saved.
     """
@@ -61,7 +81,7 @@ def _dequantized(gguf: Path, config: Any, dtype: torch.dtype) -> tuple[str, dict
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in found.items()}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    return type(model).__name__, tensors
+    return tensors
 
 
 def _clean_config(config: dict[str, Any], architecture: str, dtype: torch.dtype) -> dict[str, Any]:

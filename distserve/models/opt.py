@@ -1,4 +1,4 @@
-"""OPT (arXiv 2205.01068) for one device: learned positions, LayerNorm before each part, biases, ReLU."""
+"""OPT (arXiv 2205.01068): learned positions, LayerNorm before each part, biases, ReLU; all of it or a rank's share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distserve.models.attention import paged_attention
 from distserve.models.config import ModelConfig
+from distserve.models.shard import WHOLE, Shard
 from distserve.models.step import StepInput
 from distserve.models.weights import Weights
 from distserve_kernels.linear import Linear
@@ -22,22 +23,39 @@ _POSITION_OFFSET = 2  # the checkpoint's table keeps two rows that no position u
 class Opt:
     """Token ids and paged KV in, logits out. Holds weights only; nothing of it changes after loading."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_model_len: int) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, ops: Ops, max_model_len: int, shard: Shard = WHOLE
+    ) -> None:
         at = "model.decoder" if weights.has("model.decoder.embed_tokens.weight") else "decoder"
-        embedding = weights.take(f"{at}.embed_tokens.weight", (config.vocab_size, config.hidden))
-        rows = config.max_positions + _POSITION_OFFSET
-        positions = weights.take(f"{at}.embed_positions.weight", (rows, config.hidden))
-        self.embedding = embedding
-        self.positions = positions[_POSITION_OFFSET : _POSITION_OFFSET + max_model_len].contiguous()
-        self.layers = [OptLayer(config, weights, ops, f"{at}.layers.{i}") for i in range(config.layers)]
-        self.norm = LayerNorm(config, weights, f"{at}.final_layer_norm") if config.final_norm else None
-        self.head = Linear(embedding if config.tied else weights.take("lm_head.weight", tuple(embedding.shape)))
+        own, weights = shard.local(config), shard.weights(weights, config)
+        vocabulary = (config.vocab_size, config.hidden)
+        if shard.first:
+            self.embedding = weights.take(f"{at}.embed_tokens.weight", vocabulary)
+            self._embed = shard.embedding(self.embedding)
+            rows = config.max_positions + _POSITION_OFFSET
+            positions = weights.take(f"{at}.embed_positions.weight", (rows, config.hidden))
+            self.positions = positions[_POSITION_OFFSET : _POSITION_OFFSET + max_model_len].contiguous()
+        self.layers = [OptLayer(own, weights, ops, f"{at}.layers.{i}", shard) for i in shard.layers(config)]
+        if shard.last:
+            self.norm = LayerNorm(config, weights, f"{at}.final_layer_norm") if config.final_norm else None
+            if config.tied and shard.first:
+                head = self.embedding
+            else:
+                head = weights.take(f"{at}.embed_tokens.weight" if config.tied else "lm_head.weight", vocabulary)
+            self.head = shard.head(Linear(head), config.vocab_size)
+        self._shard = shard
 
-    def __call__(self, step: StepInput, kv: Sequence[LayerKv]) -> Tensor | None:
-        """Logits [sampled, vocab] of ``step.sample_rows``; None when no row is sampled."""
-        x = F.embedding(step.token_ids, self.embedding) + F.embedding(step.positions, self.positions)
+    def __call__(self, step: StepInput, kv: Sequence[LayerKv], before: Tensor | None = None) -> Tensor | None:
+        """Logits [sampled, vocab] of ``step.sample_rows``; None when no row is sampled.
+
+        A later stage is given what the one before it returned, and all stages but the last return the residual stream
+        [tokens, hidden].
+        """
+        x = self._embed(step.token_ids) + F.embedding(step.positions, self.positions) if before is None else before
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x = layer(x, step, layer_kv)
+        if not self._shard.last:
+            return x
         if step.sample_rows is None:
             return None
         x = x.index_select(0, step.sample_rows)
@@ -47,12 +65,14 @@ class Opt:
 class OptLayer:
     """Attention, then a two-matrix ReLU network, each behind its LayerNorm."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, at: str) -> None:
-        hidden, wide = config.hidden, config.intermediate
-        self.qkv = _joined(weights, [f"{at}.self_attn.{p}_proj" for p in "qkv"], (hidden, hidden), config.qkv_bias)
-        self.out = _joined(weights, [f"{at}.self_attn.out_proj"], (hidden, hidden), config.output_bias)
+    def __init__(
+        self, config: ModelConfig, weights: Weights, ops: Ops, at: str, shard: Shard = WHOLE
+    ) -> None:
+        hidden, wide, heads = config.hidden, config.intermediate, config.heads * config.head_dim
+        self.qkv = _joined(weights, [f"{at}.self_attn.{p}_proj" for p in "qkv"], (heads, hidden), config.qkv_bias)
+        self.out = shard.reduced(_joined(weights, [f"{at}.self_attn.out_proj"], (hidden, heads), config.output_bias))
         self.up = _joined(weights, [f"{at}.fc1"], (wide, hidden), config.mlp_bias)
-        self.down = _joined(weights, [f"{at}.fc2"], (hidden, wide), config.mlp_bias)
+        self.down = shard.reduced(_joined(weights, [f"{at}.fc2"], (hidden, wide), config.mlp_bias))
         self.attention_norm = LayerNorm(config, weights, f"{at}.self_attn_layer_norm")
         self.mlp_norm = LayerNorm(config, weights, f"{at}.final_layer_norm")
         self._ops, self._heads, self._dim = ops, config.heads, config.head_dim

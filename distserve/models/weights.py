@@ -7,9 +7,9 @@ one layer. Knows names, shapes and dtypes; not what they mean.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -19,12 +19,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distserve.models.errors import WeightsError
+from distserve.models.files import BadJson, read_object
 
 Progress = Callable[[int, int, str], None]
 """progress(done_bytes, total_bytes, what): called after each tensor. Bytes as stored; total 0: unknown."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAMPLE_BYTES, _SAMPLES = 1 << 16, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A slice of a tensor: rows (dim 0) or columns (dim 1) ``span``."""
+
+    dim: int
+    span: range
 
 
 class Weights(Protocol):
@@ -34,8 +43,11 @@ class Weights(Protocol):
         """Whether a tensor of this name exists."""
         ...
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The named tensor in the model's dtype and place. Raises WeightsError if missing or of another shape."""
+    def take(self, name: str, shape: tuple[int, ...], cut: Cut | None = None) -> Tensor:
+        """The named tensor in the model's dtype and place. Raises WeightsError if missing or of another shape.
+
+        With a ``cut`` only that slice of it; ``shape`` is the whole tensor's all the same.
+        """
         ...
 
 
@@ -60,18 +72,16 @@ class SafetensorWeights:
     def has(self, name: str) -> bool:
         return name in self._file_of
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], cut: Cut | None = None) -> Tensor:
         path = self._file_of.get(name)
         if path is None:
             raise WeightsError(f'tensor "{name}" is in no safetensors file of the model; download the model again')
         try:
-            tensor: Tensor = self._file(path).get_tensor(name)
+            tensor, found = self._read(path, name, cut)
         except SafetensorError as error:
             raise WeightsError(f'tensor "{name}" cannot be read from {path}: {error}') from error
-        if tuple(tensor.shape) != shape:
-            raise WeightsError(
-                f'tensor "{name}" in {path} is {list(tensor.shape)}, but config.json asks for {list(shape)}'
-            )
+        if found != shape:
+            raise WeightsError(f'tensor "{name}" in {path} is {list(found)}, but config.json asks for {list(shape)}')
         if not tensor.is_floating_point():
             raise WeightsError(f'tensor "{name}" in {path} is {tensor.dtype}; quantized weights are not supported')
         self._done += tensor.nbytes
@@ -79,6 +89,18 @@ class SafetensorWeights:
             self._progress(self._done, self._total, path.name)
         self.taken_bytes += tensor.numel() * self._dtype.itemsize
         return tensor.to(device=self._device, dtype=self._dtype, copy=True)
+
+    def _read(self, path: Path, name: str, cut: Cut | None) -> tuple[Tensor, tuple[int, ...]]:
+        """The tensor, or the slice of it, and the shape of the whole. Nothing outside of the slice is read."""
+        if cut is None:
+            whole: Tensor = self._file(path).get_tensor(name)
+            return whole, tuple(whole.shape)
+        stored = self._file(path).get_slice(name)
+        shape = tuple(stored.get_shape())
+        low, high = cut.span.start, cut.span.stop
+        if cut.dim >= len(shape) or high > shape[cut.dim]:
+            raise WeightsError(f'tensor "{name}" in {path} is {list(shape)}, which holds no part {low} to {high}')
+        return (stored[low:high] if cut.dim == 0 else stored[:, low:high]), shape
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
@@ -96,7 +118,7 @@ class RandomWeights:
     def has(self, name: str) -> bool:
         return True
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], cut: Cut | None = None) -> Tensor:
         if name.endswith(".bias"):
             tensor = torch.zeros(shape, dtype=self._dtype)
         elif len(shape) == 1:
@@ -105,6 +127,8 @@ class RandomWeights:
             digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
             tensor = torch.empty(shape, dtype=self._dtype).normal_(0.0, 0.02, generator=generator)
+        if cut is not None:
+            tensor = tensor.narrow(cut.dim, cut.span.start, len(cut.span)).clone()
         self.taken_bytes += tensor.nbytes
         if self._progress is not None:
             self._progress(self.taken_bytes, 0, "random weights")
@@ -141,13 +165,21 @@ def _locate(directory: Path) -> dict[str, Path]:
 
 def _locate_sharded(directory: Path, index: Path) -> dict[str, Path]:
     try:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        names = read_object(index)["weight_map"]
+    except (BadJson, KeyError) as error:
         raise WeightsError(f"{index} is damaged ({error}); download the model again") from error
+    if not isinstance(names, dict) or not all(_is_file_name(file) for file in names.values()):
+        why = "its weight_map does not name files beside it"
+        raise WeightsError(f"{index} is damaged ({why}); download the model again")
     missing = sorted({file for file in names.values() if not (directory / file).is_file()})
     if missing:
         raise WeightsError(f"{directory} lacks {', '.join(missing)}, named by {index.name}; download the model again")
     return {name: directory / file for name, file in names.items()}
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether it is the name of a file in the directory itself: an index must not lead anywhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def _open(path: Path) -> Any:

@@ -88,6 +88,7 @@ class Arrivals:
         self.ended: dict[str, int] = {}  # reason → count
         self._adopted: dict[str, Committed] = {}  # request → the last commit of it here, while remembered
         self._rng = rng
+        self._draining = False
 
     @property
     def open(self) -> int:
@@ -123,9 +124,17 @@ class Arrivals:
         self._wait(move, event.timeout_s, now)
         return []
 
+    def drain(self, now: float) -> list[Effect]:
+        """Grant nothing any more: who waits for a ticket is told, so that it goes elsewhere; who has one keeps it."""
+        self._draining = True
+        pending = [m for m in self.moves.values() if m.phase is InPhase.PENDING]
+        return [e for m in pending for e in self.end(m, f"{self.me} is shutting down", now, retriable=False)]
+
     def _problem(self, event: ReserveAsked) -> str:
         """Why this move can never be granted here; empty when it can."""
         spec = self.residents.spec
+        if self._draining:
+            return f"{self.me} is shutting down"
         if event.destination != self.me:
             return f"asked of {event.destination}, but this is {self.me}"
         if event.fingerprint != spec.fingerprint:

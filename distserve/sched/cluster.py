@@ -31,6 +31,10 @@ from distserve.core.types import Code, GatewayRef, InstanceRef, Member, Role, at
 from distserve.sched.config import ClusterConfig
 from distserve.sched.dispatch import Standing, pair
 
+LATE_SHARE = 0.25
+"""A tick that comes by this share of a lease too late says that this process did not run meanwhile. Members report
+three times a lease, so half a lease is then enough to hear of everybody who lives."""
+
 
 class ClusterState:
     """See the module."""
@@ -76,8 +80,18 @@ class ClusterState:
                 self._close_all(gateway)
                 return []
             case Tick():
-                silent = [s.member.ref for s in self.members.values() if now >= s.heard_at + self.config.lease_s]
-                return [effect for ref in silent for effect in self._leave(ref)]
+                return self._tick(now)
+
+    def _tick(self, now: float) -> list[Effect]:
+        """Who was silent for a lease is dead; unless the tick itself is late: then it was we who did not listen."""
+        lease_s = self.config.lease_s
+        due = self.next_deadline()
+        if due is not None and now > due + LATE_SHARE * lease_s:
+            for standing in self.members.values():
+                standing.heard_at = max(standing.heard_at, now - lease_s / 2)
+            return []
+        silent = [s.member.ref for s in self.members.values() if now >= s.heard_at + lease_s]
+        return [effect for ref in silent for effect in self._leave(ref)]
 
     def _ignore(self) -> list[Effect]:
         self.ignored += 1

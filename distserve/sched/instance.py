@@ -18,6 +18,7 @@ from distserve.core.events import (
     Committed,
     ControllerFound,
     ControllerLost,
+    Draining,
     GatewayAttached,
     GatewayLost,
     InstanceEvent,
@@ -134,6 +135,8 @@ class InstanceState:
                 return effects
             case GatewayLost(gateway):
                 return self._gateway_lost(gateway, now)
+            case Draining():
+                return self.arrivals.drain(now)
             case PeerLost(ref, why):
                 return self._peer_lost(ref, why, now)
             case MembersChanged(_, _, lost):
@@ -186,8 +189,6 @@ class InstanceState:
 
     def _was_submitted(self, event: Submit, now: float) -> bool:
         """Whether this attempt came before, and notes that it came: a late repeat does not run it again."""
-        while self._submitted and next(iter(self._submitted.values()))[1] <= now:
-            del self._submitted[next(iter(self._submitted))]
         key = (event.gateway, event.request.id)
         if self._submitted.get(key, (-1, 0.0))[0] >= event.epoch:
             return True
@@ -326,8 +327,7 @@ class InstanceState:
         """When a ``Tick`` is next due; None when nothing waits."""
         times = [s.deadline for s in self.residents.sequences.values()]
         times += [t for t in (self.departures.next_deadline(), self.arrivals.next_deadline()) if t is not None]
-        if self._abandoned:
-            times.append(next(iter(self._abandoned.values()))[1])
+        times += [next(iter(stones.values()))[1] for stones in (self._abandoned, self._submitted) if stones]
         return min(times, default=None)
 
     def _tick(self, now: float) -> list[Effect]:
@@ -336,8 +336,9 @@ class InstanceState:
             effects += self.departures.end_for(sequence, "deadline")
             message = f"the request's deadline passed while it was in phase {sequence.phase}"
             effects += self.residents.fail(sequence, Code.DEADLINE_EXCEEDED, message, retriable=False)
-        while self._abandoned and next(iter(self._abandoned.values()))[1] <= now:
-            del self._abandoned[next(iter(self._abandoned))]
+        for stones in (self._abandoned, self._submitted):
+            while stones and next(iter(stones.values()))[1] <= now:
+                del stones[next(iter(stones))]
         return effects
 
     # ── views ────────────────────────────────────────────────────────────────────────────────────────────────────────

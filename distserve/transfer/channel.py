@@ -1,4 +1,7 @@
-"""Length-prefixed frames on a socket. Knows no handshake and no stage.
+"""Frames on a socket, each behind its length and its checksum. Knows no handshake and no stage.
+
+A changed byte anywhere in a frame or before it is noticed, and ends the connection: where the next frame begins is not
+known any more.
 
 One thread reads, writes and closes a channel; any thread may ``interrupt`` it, which wakes that one. Every wait but an
 idle one has a deadline, and a frame's size is bounded before it is read.
@@ -11,13 +14,15 @@ import socket
 import struct
 import time
 
+import xxhash
 from google.protobuf.message import DecodeError
 
 from distserve.transfer.errors import Garbled, PeerGone, Stalled
 from distserve.v1 import transfer_pb2 as pb
 
 MAX_FRAME_BYTES = 64 << 10
-_LENGTH = struct.Struct("<I")
+_PREFIX = struct.Struct("<IIQ")  # length, its complement, XXH3-64 of the frame
+_COMPLEMENT = (1 << 32) - 1
 _READ_BYTES = 64 << 10
 
 
@@ -44,7 +49,7 @@ class Channel:
         data = frame.SerializeToString()
         try:
             self._sock.settimeout(self._send_s)
-            self._sock.sendall(_LENGTH.pack(len(data)) + data)
+            self._sock.sendall(_PREFIX.pack(len(data), len(data) ^ _COMPLEMENT, _digest(data)) + data)
         except TimeoutError:
             raise Stalled(f"the peer took no bytes for {self._send_s:g} s") from None
         except OSError as error:
@@ -84,16 +89,20 @@ class Channel:
         self._sock.close()
 
     def _parse(self) -> pb.TransferFrame | None:
-        if len(self._buffer) < _LENGTH.size:
+        if len(self._buffer) < _PREFIX.size:
             return None
-        (length,) = _LENGTH.unpack_from(self._buffer)
+        length, complement, digest = _PREFIX.unpack_from(self._buffer)
+        if length ^ complement != _COMPLEMENT:
+            raise Garbled("bytes that are no frame's beginning")
         if length > MAX_FRAME_BYTES:
             raise Garbled(f"a frame of {length} bytes was announced; at most {MAX_FRAME_BYTES} are allowed")
-        end = _LENGTH.size + length
+        end = _PREFIX.size + length
         if len(self._buffer) < end:
             return None
-        data = bytes(self._buffer[_LENGTH.size : end])
+        data = bytes(self._buffer[_PREFIX.size : end])
         del self._buffer[:end]
+        if _digest(data) != digest:
+            raise Garbled("a frame whose bytes changed on the way")
         try:
             return pb.TransferFrame.FromString(data)
         except DecodeError:
@@ -129,6 +138,10 @@ class Channel:
         if not data:
             raise PeerGone("the peer closed the connection")
         self._buffer += data
+
+
+def _digest(data: bytes) -> int:
+    return int(xxhash.xxh3_64_intdigest(data))
 
 
 def _make_prompt(sock: socket.socket) -> None:

@@ -5,12 +5,14 @@ TransferError
 ├── Stalled     the other end made no progress before a deadline
 ├── Garbled     the other end said what the protocol does not allow
 ├── Refused     the other end, or this one, will not have the link; carries the sentence
+│   └── NoTicket    for its ticket alone: the pair may do better with another
 └── LaneFailed  the payload's way broke
 """
 
 from __future__ import annotations
 
 from distserve.transfer.events import Reason
+from distserve.v1 import transfer_pb2 as pb
 
 
 class TransferError(Exception):
@@ -41,5 +43,16 @@ class Refused(TransferError):
     reason = Reason.REFUSED
 
 
+class NoTicket(Refused):
+    """One end does not hold the ticket that the link is for."""
+
+    reason = Reason.TICKET
+
+
 class LaneFailed(TransferError):
     """The payload's way broke; the socket may not know yet."""
+
+
+def refusal_of(refusal: pb.TransferRefusal) -> Refused:
+    """What the other end refused with, as an error of this one."""
+    return NoTicket(refusal.reason) if refusal.ticket else Refused(refusal.reason)

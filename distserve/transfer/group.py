@@ -1,12 +1,15 @@
-"""The process-group lanes: a torch.distributed group of two ranks for one link, with no default and no global group.
+"""The process-group lanes: torch.distributed groups of two ranks for one link, with no default and no global group.
 
 The destination (rank 0) keeps the link's own store; the keys' prefix names the pair, the generation and a secret.
 Sending and receiving are in order, a piece a call; every wait has a deadline. gloo cannot abort what is under way: a
 broken lane is dropped whole, with its staging, and its group is destroyed with the last reference to it.
 
-The destination keeps a receive posted for every free slot, so that a piece is on its way as soon as it is pushed. gloo
-lets a receive take fewer bytes than it has room for; NCCL does not, so there the receive is posted when a piece is
-announced.
+The destination posts the receive of a piece when the piece is announced, never before. gloo's ``send`` copies into the
+socket on the caller's thread where a receive is known already, under a lock without which gloo's own thread spins in
+epoll as long as anything is to be read; where none is known it returns at once, and gloo's thread does the copying.
+The receive has room for a whole slot: gloo takes shorter messages, and a longer one ends the process (NCCL takes none
+of another length). gloo holds that lock while it copies, and one connection is as fast as one thread copies: so a gloo
+lane has several groups, and its slots use them in turn.
 
 Not tried: the NCCL lane needs two GPUs.
 """
@@ -22,6 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distserve.transfer.errors import LaneFailed, Stalled
+
+GLOO_STREAMS = 2
+"""Connections of a gloo lane, each with its own thread, which its slots use in turn; the same at both ends."""
 
 _TAG = 1
 _DESTINATION_RANK, _SOURCE_RANK = 0, 1
@@ -53,16 +59,12 @@ def join_store(host: str, port: int, timeout_s: float) -> dist.TCPStore:
 class GroupLane:
     """Either end of a process-group lane. ``open`` builds it; both ends must be in ``open`` at the same time."""
 
-    def __init__(self, group: Any, store: dist.Store, peer: int, slots: list[Tensor], posts_ahead: bool) -> None:
+    def __init__(self, groups: list[Any], store: dist.Store, peer: int, slots: list[Tensor]) -> None:
         self.slots = slots
-        self._group = group
+        self._groups = groups
         self._store = store  # NCCL goes on using it
         self._peer = peer
-        self._posts_ahead = posts_ahead
         self._works: list[Any] = [None] * len(slots)
-        if posts_ahead and peer == _SOURCE_RANK:
-            for slot in range(len(slots)):
-                self._post(slot, slots[slot])
 
     @classmethod
     def open(
@@ -80,25 +82,34 @@ class GroupLane:
         """Join the two ranks: NCCL for staging on a GPU, else gloo at this ``interface``. LaneFailed if it fails."""
         rank, peer = (_SOURCE_RANK, _DESTINATION_RANK) if is_source else (_DESTINATION_RANK, _SOURCE_RANK)
         keys = dist.PrefixStore(prefix, store)
-        make = _nccl_group if device.type == "cuda" else _gloo_group
         try:
-            group = make(keys, rank, interface, timeout_s)
+            if device.type == "cuda":
+                groups = [_nccl_group(keys, rank, interface, timeout_s)]
+            else:
+                stores = [dist.PrefixStore(str(stream), keys) for stream in range(GLOO_STREAMS)]
+                groups = [_gloo_group(each, rank, interface, timeout_s) for each in stores]
         except RuntimeError as error:
             raise LaneFailed(f"the process group could not be made: {_first_line(error)}") from None
         memory = torch.zeros(slots, slot_bytes, dtype=torch.uint8, device=device)  # one run, with its pages in place
-        return cls(group, keys, peer, list(memory), posts_ahead=device.type != "cuda")
+        return cls(groups, keys, peer, list(memory))
 
     def push(self, slot: int, nbytes: int) -> None:
         """Send the first ``nbytes`` of a slot."""
         try:
-            self._works[slot] = self._group.send([self.slots[slot][:nbytes]], self._peer, _TAG)
+            self._works[slot] = self._group(slot).send([self.slots[slot][:nbytes]], self._peer, _TAG)
         except RuntimeError as error:
             raise LaneFailed(f"the process group broke: {_first_line(error)}") from None
 
-    def take(self, slot: int, nbytes: int, timeout_s: float) -> None:
-        """Wait for the announced piece."""
-        if not self._posts_ahead:
-            self._post(slot, self.slots[slot][:nbytes])
+    def expect(self, slot: int, nbytes: int) -> None:
+        """Post the receive of an announced piece."""
+        room = self.slots[slot]
+        try:
+            self._works[slot] = self._group(slot).recv([room[:nbytes] if room.is_cuda else room], self._peer, _TAG)
+        except RuntimeError as error:
+            raise LaneFailed(f"the process group broke: {_first_line(error)}") from None
+
+    def take(self, slot: int, timeout_s: float) -> None:
+        """Wait for the expected piece."""
         try:
             done = self._works[slot].wait(timedelta(seconds=timeout_s))
         except RuntimeError as error:
@@ -110,22 +121,14 @@ class GroupLane:
         if self.slots[slot].is_cuda:
             torch.cuda.current_stream().synchronize()
 
-    def release(self, slot: int) -> None:
-        """Let the next piece of this slot come."""
-        if self._posts_ahead:
-            self._post(slot, self.slots[slot])
-
     def close(self) -> None:
         """Drop the group; what is under way ends in this lane's own staging."""
         self._works = []
-        self._group = None
+        self._groups = []
         self.slots = []
 
-    def _post(self, slot: int, room: Tensor) -> None:
-        try:
-            self._works[slot] = self._group.recv([room], self._peer, _TAG)
-        except RuntimeError as error:
-            raise LaneFailed(f"the process group broke: {_first_line(error)}") from None
+    def _group(self, slot: int) -> Any:
+        return self._groups[slot % len(self._groups)]
 
 
 def _gloo_group(store: dist.Store, rank: int, interface: str, timeout_s: float) -> Any:

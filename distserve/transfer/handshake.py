@@ -17,18 +17,21 @@ from enum import StrEnum
 
 import torch
 
-from distserve.core.types import InstanceRef
+from distserve.core.types import InstanceRef, Ticket
+from distserve.kv.shard import KvCut, KvPart, Parallel, Route
 from distserve.transfer.channel import Channel
 from distserve.transfer.config import TransferConfig
-from distserve.transfer.errors import Garbled, LaneFailed, PeerGone, Refused, TransferError
+from distserve.transfer.errors import Garbled, LaneFailed, NoTicket, PeerGone, Refused, TransferError, refusal_of
 from distserve.transfer.group import GroupLane, join_store, open_store
 from distserve.transfer.lane import Lane
 from distserve.transfer.layout import MAX_SLOT_BYTES, Layout
+from distserve.transfer.parts import common_part, rank_to_wire
+from distserve.transfer.pledge import demand, keep, sign
 from distserve.transfer.shm import Segment, ShmLane, host_identity
 from distserve.transfer.stage import ref_from_wire, ref_to_wire
 from distserve.v1 import transfer_pb2 as pb
 
-VERSION = 1
+VERSION = 2
 MAX_SLOTS = 256
 _HOST = torch.device("cpu")
 
@@ -57,9 +60,11 @@ class Identity:
 
     ref: InstanceRef
     fingerprint: str
-    layout: Layout
+    layout: Layout  # of the whole instance
     kind: LaneKind
     device: torch.device  # of the pool
+    cut: KvCut
+    rank: int
 
 
 @dataclass(slots=True)
@@ -70,8 +75,10 @@ class Link:
     lane: Lane
     kind: LaneKind
     peer: InstanceRef
-    source_layout: Layout
+    part: KvPart  # what it carries
+    source_layout: Layout  # of that part
     slot_bytes: int
+    slice_bytes: int
 
     def close(self) -> None:
         """Release socket and lane."""
@@ -84,29 +91,40 @@ class Link:
 
 def dial(
     me: Identity,
-    destination: InstanceRef,
+    ticket: Ticket,
     address: str,
     generation: int,
     config: TransferConfig,
     opened: Callable[[Channel], None],
+    route: Route,
+    parallel: Parallel,
 ) -> Link:
-    """Open a link to ``destination`` at ``address`` ("host:port"). TransferError when there is none to be had.
+    """Open a link to the ticket's destination at ``address`` ("host:port"). TransferError when there is none to be had.
+
+    It carries what ``route`` says to one rank of the destination, whose layout is ``parallel``.
 
     ``opened`` is told of the channel as soon as there is one, so that another thread can interrupt the rest.
     """
+    destination = ticket.destination
     host, port = split_address(address)
     deadline = time.monotonic() + config.handshake_s
     try:
         sock = socket.create_connection((host, port), timeout=config.handshake_s)
     except TimeoutError:
         raise PeerGone(f"{destination} at {address} did not answer within {config.handshake_s:g} s") from None
-    except OSError as error:
-        raise PeerGone(f"{destination} cannot be reached at {address}: {error.strerror or error}") from None
+    except UnicodeError as error:  # a host that is no name: an empty label, or one too long
+        raise PeerGone(f"{destination} cannot be reached at {address!r}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise PeerGone(f"{destination} cannot be reached at {address!r}: {getattr(error, 'strerror', error)}") from None
     with contextlib.ExitStack() as undo:
         channel = Channel(sock, config.stall_s)
         undo.callback(channel.close)
         opened(channel)
-        channel.send(pb.TransferFrame(hello=_hello(me, destination, generation)))
+        hello = _hello(me, destination, generation)
+        hello.destination_rank.CopyFrom(rank_to_wire(parallel, route.destination))
+        sign(hello, ticket, config.keys)
+        channel.send(pb.TransferFrame(hello=hello))
+        keep(channel, hello, ticket, config.keys, deadline)
         offer = _expect_offer(channel, deadline)
         while True:
             lane = _take_offer(me, channel, offer, host, config)
@@ -119,7 +137,16 @@ def dial(
             frame = _expect(channel, deadline)
             if frame.HasField("ready") and not isinstance(lane, str):
                 undo.pop_all()
-                return Link(channel, lane, _KINDS[offer.kind], destination, me.layout, offer.slot_bytes)
+                return Link(
+                    channel,
+                    lane,
+                    _KINDS[offer.kind],
+                    destination,
+                    route.part,
+                    me.layout.of_part(route.part),
+                    offer.slot_bytes,
+                    offer.slice_bytes,
+                )
             if not frame.HasField("offer"):
                 raise Garbled("an offer or a last word was expected in the handshake")
             offer = _checked_offer(frame.offer)
@@ -143,13 +170,14 @@ def _hello(me: Identity, destination: InstanceRef, generation: int) -> pb.Transf
         generation=generation,
         host=host_identity(),
         cuda=me.device.type == "cuda",
+        source_rank=rank_to_wire(me.cut.parallel, me.rank),
     )
 
 
 def _expect(channel: Channel, deadline: float) -> pb.TransferFrame:
     frame = channel.receive(max(0.0, deadline - time.monotonic()))
     if frame.HasField("refusal"):
-        raise Refused(frame.refusal.reason)
+        raise refusal_of(frame.refusal)
     return frame
 
 
@@ -171,8 +199,8 @@ def _take_offer(
 ) -> Lane | str:
     """Open the offered lane at this end, or say why not."""
     try:
-        if offer.slot_bytes < me.layout.row_bytes:
-            return "a slot of the offered lane holds less than a row"
+        if not me.layout.row_bytes <= offer.slice_bytes <= offer.slot_bytes:
+            return "a slice of the offered lane holds less than a row, or more than a slot"
         if offer.HasField("segment"):
             segment = Segment.attach(offer.segment.locator, offer.segment.proof, offer.slots, offer.slot_bytes)
             return ShmLane(segment, offer.slots, offer.slot_bytes)
@@ -194,29 +222,38 @@ def _take_offer(
 # ── the destination's side ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def accept(me: Identity, sock: socket.socket, config: TransferConfig) -> Link:
+def accept(
+    me: Identity, sock: socket.socket, config: TransferConfig, ticket_of: Callable[[str], Ticket | None]
+) -> Link:
     """Answer whoever dialled. TransferError when no link came of it; the socket is closed then."""
     with contextlib.ExitStack() as undo:
         channel = Channel(sock, config.stall_s)
         undo.callback(channel.close)
         try:
-            link = _agree(me, channel, config)
+            link = _agree(me, channel, config, ticket_of)
         except Refused as error:
-            channel.send(pb.TransferFrame(refusal=pb.TransferRefusal(reason=str(error))))
+            refusal = pb.TransferRefusal(reason=str(error), ticket=isinstance(error, NoTicket))
+            channel.send(pb.TransferFrame(refusal=refusal))
             raise
         undo.pop_all()
         return link
 
 
-def _agree(me: Identity, channel: Channel, config: TransferConfig) -> Link:
+def _agree(
+    me: Identity, channel: Channel, config: TransferConfig, ticket_of: Callable[[str], Ticket | None]
+) -> Link:
     deadline = time.monotonic() + config.handshake_s
     frame = channel.receive(config.handshake_s)
     if not frame.HasField("hello"):
         raise Garbled("the first frame was no hello")
     hello = frame.hello
-    layout = _checked_hello(me, hello)
+    whole = _checked_hello(me, hello)
+    kinds = _candidates(me, hello)
+    demand(channel, hello, ticket_of(hello.move_id), me.ref, config.keys, deadline)
+    part = common_part(hello, me.ref, me.cut, me.rank)
+    layout = whole.of_part(part)
     why = ""
-    for kind in _candidates(me, hello):
+    for kind in kinds:
         offer = _proposal(kind, layout, config)
         if kind is LaneKind.SHM:
             lane = _offer_segment(channel, offer, deadline)
@@ -227,7 +264,8 @@ def _agree(me: Identity, channel: Channel, config: TransferConfig) -> Link:
                 undo.callback(lane.close)
                 channel.send(pb.TransferFrame(ready=pb.TransferReady()))
                 undo.pop_all()
-            return Link(channel, lane, kind, ref_from_wire(hello.source), layout, offer.slot_bytes)
+            peer = ref_from_wire(hello.source)
+            return Link(channel, lane, kind, peer, part, layout, offer.slot_bytes, offer.slice_bytes)
         why = f"{kind}: {lane}"
     raise Refused(f"{ref_from_wire(hello.source)} and {me.ref} found no way to move KV between them ({why})")
 
@@ -280,10 +318,12 @@ def _candidates(me: Identity, hello: pb.TransferHello) -> list[LaneKind]:
 def _proposal(kind: LaneKind, layout: Layout, config: TransferConfig) -> pb.TransferOffer:
     """The offer of a lane of this kind, but for where it is."""
     shm = kind is LaneKind.SHM
+    slot_bytes = layout.slot_bytes(config.shm_piece_bytes if shm else config.group_piece_bytes)
     return pb.TransferOffer(
         kind=_WIRE[kind],
         slots=config.shm_slots if shm else config.group_slots,
-        slot_bytes=layout.slot_bytes(config.shm_piece_bytes if shm else config.group_piece_bytes),
+        slot_bytes=slot_bytes,
+        slice_bytes=min(slot_bytes, max(layout.row_bytes, config.slice_bytes)),
     )
 
 
@@ -359,6 +399,6 @@ def _answer(channel: Channel, deadline: float) -> pb.TransferAnswer:
 def split_address(address: str) -> tuple[str, int]:
     """ "host:port" in two; PeerGone when it is no such thing, as with any address that leads nowhere."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
         raise PeerGone(f"{address!r} is no address of the form host:port")
     return host.strip("[]"), int(port)

@@ -1,6 +1,6 @@
 """The destination's end of one link: a thread that verifies what arrives in staging and lets the grants write it.
 
-Payload is trusted with nothing until its piece is verified: a wrong length, checksum, ticket or order ends the stage,
+Payload is trusted with nothing until its slice is verified: a wrong length, checksum, ticket or order ends the stage,
 not the link; bytes that are no protocol end the link. While no stage is under way the thread waits without a deadline
 and costs nothing; within a stage silence ends the link.
 """
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from distserve.core.types import InstanceRef
-from distserve.transfer.checksum import digest, seed_of
+from distserve.kv.shard import KvPart
+from distserve.transfer.checksum import digest, slice_seed, stage_seed
 from distserve.transfer.config import TransferConfig
 from distserve.transfer.counts import Counts
 from distserve.transfer.errors import Garbled, TransferError
 from distserve.transfer.events import MoverEvent, Reason, StageCorrupt, StageStored
 from distserve.transfer.grants import Grant, Grants
 from distserve.transfer.handshake import Identity, Link, accept
-from distserve.transfer.layout import PieceSpan, cut
+from distserve.transfer.layout import Slice, cut
 from distserve.transfer.stage import StageHead
 from distserve.v1 import transfer_pb2 as pb
 from distserve_kernels.kv_copy import Bytes, PagedBytes
+from distserve_kernels.kv_window import PagedWindow
 
 
 @dataclass(slots=True)
@@ -33,12 +36,19 @@ class _Arriving:
     number: int  # on this link
     head: StageHead
     grant: Grant
-    seed: bytes
+    seed: int
     checksum: bool
-    spans: Iterator[PieceSpan]
-    next_span: PieceSpan | None
-    index: int = 0
-    nbytes: int = 0
+    slices: Iterator[Slice]
+    next: Slice | None
+    index: int = 0  # of ``next``
+    nbytes: int = 0  # stored
+
+    def advance(self) -> None:
+        """The next slice is stored."""
+        assert self.next is not None
+        self.nbytes += self.next.nbytes
+        self.index += 1
+        self.next = next(self.slices, None)
 
 
 class Inbound:
@@ -48,7 +58,7 @@ class Inbound:
         self,
         me: Identity,
         sock: socket.socket,
-        pool: PagedBytes,
+        window: Callable[[KvPart], PagedBytes | PagedWindow],
         grants: Grants,
         report: Callable[[MoverEvent], None],
         counts: Counts,
@@ -57,13 +67,14 @@ class Inbound:
     ) -> None:
         self._me = me
         self._sock = sock
-        self._pool = pool
+        self._window_of = window
         self._grants = grants
         self._report = report
         self._counts = counts
         self._config = config
         self._ended = ended
         self._arriving: _Arriving | None = None
+        self._announced: deque[pb.TransferPiece] = deque()  # not taken yet
         self._pieces = 0  # taken from the lane since the link began
         self._told = 0  # of these, how many the source was told of
         self._staged: list[Bytes] = []
@@ -79,7 +90,7 @@ class Inbound:
 
     def _run(self) -> None:
         try:
-            link = accept(self._me, self._sock, self._config)
+            link = accept(self._me, self._sock, self._config, self._grants.ticket)
         except TransferError as error:
             self._counts.add(f"handshakes_{error.reason}")
         else:
@@ -90,13 +101,21 @@ class Inbound:
             self._ended(self)
 
     def _serve(self, link: Link) -> None:
-        """Handle frames until the link ends."""
-        self._staged = [self._pool.staging(slot) for slot in link.lane.slots]
+        """Handle frames until the link ends: all that have come, then one piece, so that the next are on their way."""
+        self._window = self._window_of(link.part)
+        self._staged = [self._window.staging(slot) for slot in link.lane.slots]
         try:
             while True:
-                self._handle(link, link.channel.receive(self._config.stall_s if self._arriving else None))
+                if not self._announced:
+                    self._handle(link, link.channel.receive(self._config.stall_s if self._arriving else None))
+                while (frame := link.channel.receive_ready()) is not None:
+                    self._handle(link, frame)
+                if self._announced:
+                    self._take(link, self._announced.popleft())
         except TransferError as error:
             self._counts.add(f"links_in_ended_{error.reason}")
+            if self._arriving and isinstance(error, Garbled):
+                self._corrupt(self._arriving, str(error))
         finally:
             self._staged = []
             link.close()
@@ -104,7 +123,7 @@ class Inbound:
     def _handle(self, link: Link, frame: pb.TransferFrame) -> None:
         match frame.WhichOneof("kind"):
             case "piece":
-                self._take(link, frame.piece)
+                self._expect(link, frame.piece)
             case "begin":
                 self._begin(link, frame.begin)
             case "abort":
@@ -124,62 +143,80 @@ class Inbound:
         if self._config.checksum and not begin.checksum:
             self._refuse(link, begin.stage, Reason.PROTOCOL, f"{self._me.ref} takes no stage without checksums")
             return
-        grant = self._grants.begin(head)
+        grant = self._grants.begin(head, link.part, self._window)
         if isinstance(grant, str):
             self._refuse(link, begin.stage, Reason.TICKET, grant)
             return
-        spans = cut(link.source_layout, head.start, head.end, link.slot_bytes)
-        self._arriving = _Arriving(begin.stage, head, grant, head.seed(), begin.checksum, spans, next(spans, None))
+        slices = cut(link.source_layout, head.start, head.end, link.slice_bytes)
+        seed = stage_seed(head.seed())
+        self._arriving = _Arriving(begin.stage, head, grant, seed, begin.checksum, slices, next(slices, None))
 
-    def _take(self, link: Link, piece: pb.TransferPiece) -> None:
-        """Receive an announced piece into staging, and store it if it is sound and wanted."""
+    def _expect(self, link: Link, piece: pb.TransferPiece) -> None:
+        """Let an announced piece come into its slot."""
+        slots = len(link.lane.slots)
         if not 0 < piece.nbytes <= link.slot_bytes:
             raise Garbled(f"a piece of {piece.nbytes} bytes was announced for slots of {link.slot_bytes}")
+        if len(self._announced) == slots:
+            raise Garbled(f"more pieces were announced than the {slots} slots of the lane")
+        link.lane.expect((self._pieces + len(self._announced)) % slots, piece.nbytes)
+        self._announced.append(piece)
+
+    def _take(self, link: Link, piece: pb.TransferPiece) -> None:
+        """Receive an expected piece into staging, and store it if it is sound and wanted."""
         slot = self._pieces % len(link.lane.slots)
-        link.lane.take(slot, piece.nbytes, self._config.stall_s)
+        link.lane.take(slot, self._config.stall_s)
         arriving = self._arriving if self._arriving and self._arriving.number == piece.stage else None
-        refusal = self._store(link, arriving, piece, slot) if arriving else None
-        link.lane.release(slot)
+        refusal = self._store(arriving, piece, self._staged[slot]) if arriving else None
         self._pieces += 1
         if arriving and refusal:
+            if refusal[0] is not Reason.TICKET:
+                self._corrupt(arriving, refusal[1])
             self._refuse(link, arriving.number, *refusal)
-            if refusal[0] is Reason.CHECKSUM:
-                self._report(StageCorrupt(arriving.head.move_id, arriving.head.nonce, refusal[1]))
-        elif arriving and arriving.next_span is None:
+        elif arriving and arriving.next is None:
             self._finish(link, arriving)
-        elif self._pieces - self._told >= max(1, len(link.lane.slots) // 4):
+        elif self._pieces - self._told >= max(1, len(link.lane.slots) // 2):
             self._told = self._pieces
             link.channel.send(pb.TransferFrame(consumed=pb.TransferConsumed(pieces=self._pieces)))
 
-    def _store(self, link: Link, arriving: _Arriving, piece: pb.TransferPiece, slot: int) -> tuple[Reason, str] | None:
-        """Verify a piece in staging and let its grant write it; or why not."""
-        span = arriving.next_span
-        if span is None or piece.index != arriving.index:
-            return Reason.PROTOCOL, f"piece {piece.index} is out of order"
-        if piece.nbytes != span.nbytes:
-            return Reason.CHECKSUM, f"piece {piece.index} has {piece.nbytes} of {span.nbytes} bytes"
-        if arriving.checksum:
-            found = digest(link.lane.slots[slot], span.nbytes, seed_of(arriving.seed, piece.index))
-            if found != piece.checksum:
-                return Reason.CHECKSUM, f"piece {piece.index} has checksum {found:016x}, not {piece.checksum:016x}"
-        if why := self._grants.write(arriving.grant, arriving.head, span, self._staged[slot][: span.nbytes]):
-            return Reason.TICKET, why
-        arriving.index += 1
-        arriving.nbytes += span.nbytes
-        arriving.next_span = next(arriving.spans, None)
+    def _store(self, arriving: _Arriving, piece: pb.TransferPiece, staged: Bytes) -> tuple[Reason, str] | None:
+        """Verify a piece in staging slice by slice, and let the grant write each that is sound; or why not."""
+        if piece.index != arriving.index:
+            return Reason.PROTOCOL, f"slice {piece.index} came when {arriving.index} was next"
+        at = 0
+        checksums = iter(piece.checksums)
+        while at < piece.nbytes:
+            each, index = arriving.next, arriving.index
+            if each is None or at + each.nbytes > piece.nbytes:
+                return Reason.CHECKSUM, f"the piece of slice {piece.index} has a wrong length, {piece.nbytes} bytes"
+            sound = staged[at : at + each.nbytes]
+            if arriving.checksum:
+                found, said = digest(sound, slice_seed(arriving.seed, index)), next(checksums, None)
+                if found != said:
+                    return Reason.CHECKSUM, f"slice {index} has the checksum {found:016x}, not the one it was sent with"
+            if why := self._grants.write(arriving.grant, arriving.head, each, sound):
+                return Reason.TICKET, why
+            at += each.nbytes
+            arriving.advance()
+        if next(checksums, None) is not None:
+            return Reason.CHECKSUM, f"the piece of slice {piece.index} is short of slices, at {piece.nbytes} bytes"
         return None
 
     def _finish(self, link: Link, arriving: _Arriving) -> None:
         """The stage is whole: tell the instance first, then the source, whose commit could overtake us otherwise."""
         head = arriving.head
-        if why := self._grants.finish(arriving.grant, head):
-            self._refuse(link, arriving.number, Reason.TICKET, why)
+        stored = self._grants.finish(arriving.grant, head, arriving.nbytes)
+        if isinstance(stored, str):
+            self._refuse(link, arriving.number, Reason.TICKET, stored)
             return
         self._arriving = None
         self._counts.add("stages_stored")
         self._counts.add("bytes_stored", arriving.nbytes)
-        self._report(StageStored(head.move_id, head.nonce, head.start, head.end, arriving.nbytes))
+        if stored.start < stored.end:
+            self._report(StageStored(head.move_id, head.nonce, stored.start, stored.end, stored.nbytes))
         self._end(link, arriving.number, "", "")
+
+    def _corrupt(self, arriving: _Arriving, why: str) -> None:
+        self._report(StageCorrupt(arriving.head.move_id, arriving.head.nonce, why))
 
     def _refuse(self, link: Link, number: int, reason: Reason, detail: str) -> None:
         self._arriving = None

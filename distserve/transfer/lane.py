@@ -21,11 +21,11 @@ class Lane(Protocol):
     def push(self, slot: int, nbytes: int) -> None:
         """Source: start handing over the first ``nbytes`` of a slot. LaneFailed if the lane is broken."""
 
-    def take(self, slot: int, nbytes: int, timeout_s: float) -> None:
-        """Destination: wait until ``nbytes`` of the announced piece are in the slot. Stalled or LaneFailed."""
+    def expect(self, slot: int, nbytes: int) -> None:
+        """Destination: a piece of ``nbytes`` was announced for this slot; let it come. LaneFailed."""
 
-    def release(self, slot: int) -> None:
-        """Destination: the next piece of this slot may come."""
+    def take(self, slot: int, timeout_s: float) -> None:
+        """Destination: wait until the expected piece is in the slot. Stalled or LaneFailed."""
 
     def close(self) -> None:
         """Release what the lane holds."""

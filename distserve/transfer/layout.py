@@ -1,11 +1,17 @@
-"""How KV is laid out at an end of a link, whether two ends fit, and how a stage is cut into pieces. Arithmetic only."""
+"""How KV is laid out at an end of a link, whether two ends fit, and how a stage is cut up. Arithmetic only.
+
+A stage is cut into *slices*, each with its own checksum and so small that it stays in a core's cache between its copy
+and its checksum. A *piece* is what goes through a staging slot at once, and wakes the other end: one or more slices.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+from distserve.kv.shard import KvPart
 
 MAX_SLOT_BYTES = 64 << 20
 """A row that needs a larger staging slot is refused at the handshake."""
@@ -54,6 +60,10 @@ class Layout:
         unit = self.block_bytes if self.block_bytes <= piece_bytes else self.row_bytes
         return max(1, piece_bytes // unit) * unit
 
+    def of_part(self, part: KvPart) -> Layout:
+        """The layout of a pool that holds only this part of it."""
+        return replace(self, layers=len(part.layers), kv_heads=len(part.heads))
+
     def mismatch(self, other: Layout) -> str:
         """The first field, other than block size, in which the two differ, as "layers 30 and 32"; empty if none."""
         for name in ("layers", "kv_heads", "head_dim", "dtype"):
@@ -64,8 +74,8 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class PieceSpan:
-    """One piece: blocks ``[low, high)`` of the source's table, or some ``rows`` of one block.
+class Slice:
+    """Blocks ``[low, high)`` of the source's table, or some ``rows`` of one block.
 
     Of its tokens, ``[start, end)`` are to be written.
     """
@@ -79,20 +89,36 @@ class PieceSpan:
     nbytes: int
 
 
-def cut(layout: Layout, start: int, end: int, slot_bytes: int) -> Iterator[PieceSpan]:
-    """Cut tokens ``[start, end)`` into pieces that fit a slot: whole source blocks, or rows of one block.
+def cut(layout: Layout, start: int, end: int, slice_bytes: int) -> Iterator[Slice]:
+    """Cut tokens ``[start, end)`` into slices of at most ``slice_bytes``: whole source blocks, or rows of one block.
 
-    Both ends call it with the same arguments; ``layout`` is the source's.
+    Both ends call it with the same arguments; ``layout`` is the source's. Rows are dealt out evenly.
     """
     size, last = layout.block_size, -(-end // layout.block_size)
-    blocks_a_piece = slot_bytes // layout.block_bytes
-    rows_a_piece = slot_bytes // layout.row_bytes
-    for low in range(start // size, last, max(1, blocks_a_piece)):
-        high = min(low + max(1, blocks_a_piece), last)
+    blocks_a_slice = slice_bytes // layout.block_bytes
+    parts = -(-layout.rows // (slice_bytes // layout.row_bytes))
+    rows_a_slice = -(-layout.rows // parts)
+    for low in range(start // size, last, max(1, blocks_a_slice)):
+        high = min(low + max(1, blocks_a_slice), last)
         tokens = (low * size, max(start, low * size), min(end, high * size))
-        if blocks_a_piece:
-            yield PieceSpan(low, high, None, *tokens, (high - low) * layout.block_bytes)
+        if blocks_a_slice:
+            yield Slice(low, high, None, *tokens, (high - low) * layout.block_bytes)
             continue
-        for row in range(0, layout.rows, rows_a_piece):
-            rows = (row, min(row + rows_a_piece, layout.rows))
-            yield PieceSpan(low, high, rows, *tokens, (rows[1] - row) * layout.row_bytes)
+        for row in range(0, layout.rows, rows_a_slice):
+            rows = (row, min(row + rows_a_slice, layout.rows))
+            yield Slice(low, high, rows, *tokens, (rows[1] - row) * layout.row_bytes)
+
+
+def pieces(slices: Iterable[Slice], slot_bytes: int) -> Iterator[list[Slice]]:
+    """Group slices into pieces that fit a slot. The first is one slice, each later one at most twice the one before:
+    the other end begins early, and then is woken seldom."""
+    piece: list[Slice] = []
+    nbytes, most = 0, 1
+    for each in slices:
+        if piece and (len(piece) == most or nbytes + each.nbytes > slot_bytes):
+            yield piece
+            piece, nbytes, most = [], 0, most * 2
+        piece.append(each)
+        nbytes += each.nbytes
+    if piece:
+        yield piece

@@ -1,11 +1,12 @@
-"""The KV data plane of one instance: it owns the links, their staging and threads, and moves what it is told to.
+"""The KV data plane of one instance, or of one of its ranks: it owns the links, their staging and threads, and moves
+what it is told to.
 
 An instance's step loop calls it; no call waits for a peer. ``close_ticket`` and ``abort_send`` are fences: they wait
 for one piece (about a millisecond) at most. What comes of a stage is reported, from the mover's own threads, as a
 MoverEvent. It decides nothing: which stage to send, whether to try again and what an event means is the instance's
 concern.
 
-Threads: one that accepts, one for each link that comes in, one for each instance that something was sent to lately.
+Threads: one that accepts, one for each link that comes in, one for each rank that something was sent to lately.
 """
 
 from __future__ import annotations
@@ -15,28 +16,35 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from distserve.core.types import InstanceRef, Ticket
+from distserve.kv.shard import KvCut, KvPart, Parallel, routes
+from distserve.transfer.address import DataAddress
 from distserve.transfer.config import TransferConfig
 from distserve.transfer.counts import Counts
-from distserve.transfer.events import MoverEvent, Reason
+from distserve.transfer.errors import PeerGone
+from distserve.transfer.events import MoverEvent, Reason, StageFailed
 from distserve.transfer.grants import Grants
 from distserve.transfer.handshake import Identity, LaneKind
 from distserve.transfer.inbound import Inbound
 from distserve.transfer.layout import Layout
 from distserve.transfer.outbound import Outbound
 from distserve.transfer.sender import Reading, Stage
+from distserve.transfer.tally import SendTally
 from distserve_kernels.kv_copy import PagedBytes
+from distserve_kernels.kv_window import PagedWindow
 
 
 class Mover:
     """See the module. ``kind`` is "auto", "shm", "gloo" or "nccl"; a kind that cannot be here is a ValueError.
 
-    ``pool`` is the instance's KV, ``[num_blocks, layers, 2, kv_heads, block_size, head_dim]``. ``report`` is called
-    from the mover's threads, must be quick and must not call back into the mover.
+    ``pool`` is the instance's KV, ``[num_blocks, layers, 2, kv_heads, block_size, head_dim]``; where it is cut over
+    ranks, that of ``rank`` under ``cut``, and a stage is this rank's part of it. ``report`` is called from the mover's
+    threads, must be quick and must not call back into the mover.
     """
 
     def __init__(
@@ -49,19 +57,28 @@ class Mover:
         report: Callable[[MoverEvent], None],
         kind: str = "auto",
         config: TransferConfig | None = None,
+        cut: KvCut | None = None,
+        rank: int = 0,
     ) -> None:
         self._config = config or TransferConfig()
         layout = Layout.of(pool, block_size)
         if layout.block_bytes == 0:
             raise ValueError("a KV pool without layers or heads has nothing to move")
-        self._me = Identity(me, fingerprint, layout, _checked_kind(kind, pool), pool.device)
+        cut = cut or KvCut(Parallel(), layout.layers, layout.kv_heads)
+        self._part = cut.part(rank)
+        if (layout.layers, layout.kv_heads) != (len(self._part.layers), len(self._part.heads)):
+            raise ValueError(f"the KV pool of rank {rank} is not of {self._part}")
+        whole = replace(layout, layers=cut.layers, kv_heads=cut.kv_heads)
+        self._me = Identity(me, fingerprint, whole, _checked_kind(kind, pool), pool.device, cut, rank)
+        self._tensor = pool
         self._pool = PagedBytes(pool)
         self._report = report
         self._counts = Counts()
-        self._grants = Grants(self._pool)
+        self._grants = Grants(self._pool, self._part)
+        self._tally = SendTally(report)
         self._lock = threading.Lock()
         self._closed = False
-        self._outbound: dict[InstanceRef, Outbound] = {}
+        self._outbound: dict[InstanceRef, dict[int, Outbound]] = {}  # by rank of the destination
         self._inbound: set[Inbound] = set()
         self._readings: WeakValueDictionary[str, Reading] = WeakValueDictionary()  # alive while a stage refers to them
         self._listener = _listen(self._config)
@@ -115,18 +132,29 @@ class Mover:
             raise ValueError(f"a block id of move {ticket.move_id} is outside of the pool")
         if not 0 <= ticket.nonce < 1 << 64:
             raise ValueError(f"the nonce of ticket {ticket.move_id} is no unsigned 64-bit number")
-        with self._lock:
-            reading = self._readings.get(ticket.move_id)
-            if reading is None:
-                reading = self._readings[ticket.move_id] = Reading()
-            outbound = self._outbound_to(ticket.destination)
+        try:
+            address = DataAddress.parse(destination_address)
+            with self._lock:
+                reading = self._readings.get(ticket.move_id)
+                if reading is None:
+                    reading = self._readings[ticket.move_id] = Reading()
+                outbounds = self._outbound_to(ticket.destination, address.parallel)
+            if any(there >= len(address.movers) for there in outbounds):
+                raise PeerGone(f"{ticket.destination} has other ranks than {destination_address!r} names")
+        except (PeerGone, ValueError) as error:
+            self._report(StageFailed(ticket.move_id, Reason.PEER, Reason.PEER.retriable, start, end, str(error)))
+            return
+        if len(outbounds) != 1:
+            self._tally.expect(ticket.move_id, start, end, len(outbounds))
         deadline = time.monotonic() + self._config.stage_s
-        outbound.submit(Stage(ticket, destination_address, start, end, blocks, final, reading, deadline))
+        for there, outbound in outbounds.items():
+            outbound.submit(Stage(ticket, address.movers[there], start, end, blocks, final, reading, deadline))
 
     def abort_send(self, move_id: str) -> None:
         """Fence: when it returns nothing is read for this move any more; its queued stages are dropped unreported."""
         with self._lock:
             reading = self._readings.pop(move_id, None)
+        self._tally.forget(move_id)
         if reading is not None:
             reading.abort()
 
@@ -135,9 +163,9 @@ class Mover:
     def peer_lost(self, peer: InstanceRef) -> None:
         """Drop the links with this life of an instance; what waits for them fails."""
         with self._lock:
-            outbound = self._outbound.pop(peer, None)
+            outbounds = self._outbound.pop(peer, {})
             inbound = [each for each in self._inbound if each.peer == peer]
-        if outbound is not None:
+        for outbound in outbounds.values():
             outbound.close(Reason.PEER)
         for each in inbound:
             each.interrupt()
@@ -148,7 +176,8 @@ class Mover:
             if self._closed:
                 return
             self._closed = True
-            outbound, inbound = list(self._outbound.values()), list(self._inbound)
+            outbound = [each for ranks in self._outbound.values() for each in ranks.values()]
+            inbound = list(self._inbound)
         self._grants.close_all()
         for out in outbound:
             out.close(Reason.CLOSED)
@@ -161,14 +190,39 @@ class Mover:
             if thread is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _outbound_to(self, destination: InstanceRef) -> Outbound:
-        outbound = self._outbound.get(destination)
-        if outbound is None:
-            outbound = Outbound(self._me, destination, self._pool, self._report, self._counts, self._config)
-            self._outbound[destination] = outbound
+    def _outbound_to(self, destination: InstanceRef, parallel: Parallel) -> dict[int, Outbound]:
+        """The ways to those ranks of an instance that this one sends to. ValueError for a cut that cannot be."""
+        found = self._outbound.get(destination)
+        if found is None:
+            mine = [r for r in routes(self._me.cut, self._me.cut.recut(parallel)) if r.source == self._me.rank]
+            report = self._report if len(mine) == 1 else self._tally.take
+            found = {
+                route.destination: Outbound(
+                    self._me,
+                    destination,
+                    route,
+                    parallel,
+                    self._window(route.part),
+                    report,
+                    self._counts,
+                    self._config,
+                )
+                for route in mine
+            }
+            self._outbound[destination] = found
             if self._closed:
-                outbound.close(Reason.CLOSED)
-        return outbound
+                for outbound in found.values():
+                    outbound.close(Reason.CLOSED)
+        return found
+
+    def _window(self, part: KvPart) -> PagedBytes | PagedWindow:
+        """A part of our own KV, as bytes."""
+        if part == self._part:
+            return self._pool
+        layer, head = self._part.layers.start, self._part.heads.start
+        layers = range(part.layers.start - layer, part.layers.stop - layer)
+        heads = range(part.heads.start - head, part.heads.stop - head)
+        return PagedWindow(self._tensor, layers, heads)
 
     def _accept(self) -> None:
         """Take connections until closed; each gets a thread that owns it."""
@@ -189,7 +243,7 @@ class Mover:
                 sock.close()
                 return
             inbound = Inbound(
-                self._me, sock, self._pool, self._grants, self._report, self._counts, self._config, self._forget
+                self._me, sock, self._window, self._grants, self._report, self._counts, self._config, self._forget
             )
             self._inbound.add(inbound)
             inbound.thread.start()  # under the lock, so that close joins no thread that has not started

@@ -14,30 +14,39 @@ from collections import deque
 from collections.abc import Callable
 
 from distserve.core.types import InstanceRef
+from distserve.kv.shard import Parallel, Route
 from distserve.transfer.channel import Channel
 from distserve.transfer.config import TransferConfig
 from distserve.transfer.counts import Counts
-from distserve.transfer.errors import TransferError
+from distserve.transfer.errors import NoTicket, TransferError
 from distserve.transfer.events import MoverEvent, Reason, StageFailed, StageSent
 from distserve.transfer.handshake import Identity, dial
 from distserve.transfer.sender import Aborted, Ended, Sender, Stage
 from distserve_kernels.kv_copy import PagedBytes
+from distserve_kernels.kv_window import PagedWindow
 
 
 class Outbound:
-    """All that goes from this instance to one other. Thread-safe."""
+    """All that goes from this rank to one rank of another instance. Thread-safe.
+
+    ``route`` says which, and what part of the KV; ``pool`` is that part; ``parallel`` is the other's layout.
+    """
 
     def __init__(
         self,
         me: Identity,
         destination: InstanceRef,
-        pool: PagedBytes,
+        route: Route,
+        parallel: Parallel,
+        pool: PagedBytes | PagedWindow,
         report: Callable[[MoverEvent], None],
         counts: Counts,
         config: TransferConfig,
     ) -> None:
         self._me = me
         self._destination = destination
+        self._route = route
+        self._parallel = parallel
         self._pool = pool
         self._report = report
         self._counts = counts
@@ -83,6 +92,10 @@ class Outbound:
                 if sender is None or not sender.link.channel.is_open():
                     sender = self._renew(sender, stage)
                 self._send(sender, stage)
+            except NoTicket as error:  # the link's fault it is not: what waits behind has tickets of its own
+                self._drop(sender)
+                sender = None
+                self._fail(stage, error.reason, str(error))
             except TransferError as error:
                 self._drop(sender)
                 sender = None
@@ -121,7 +134,16 @@ class Outbound:
     def _renew(self, old: Sender | None, stage: Stage) -> Sender:
         self._drop(old)
         self._generation += 1
-        link = dial(self._me, self._destination, stage.address, self._generation, self._config, self._opened)
+        link = dial(
+            self._me,
+            stage.ticket,
+            stage.address,
+            self._generation,
+            self._config,
+            self._opened,
+            self._route,
+            self._parallel,
+        )
         self._counts.add(f"links_out_{link.kind}")
         return Sender(link, self._pool, self._config)
 

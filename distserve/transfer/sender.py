@@ -1,4 +1,4 @@
-"""The source's end of one open link: gathers a stage piece by piece, pushes it, and hears how it ended.
+"""The source's end of one open link: gathers a stage slice by slice, pushes it in pieces, and hears how it ended.
 
 Pool bytes are read only under the move's ``Reading``, so that an abort is a fence; everything later works on staging.
 Used by one thread.
@@ -12,20 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from distserve.core.types import Ticket
-from distserve.transfer.checksum import digest, seed_of
+from distserve.transfer.checksum import digest, slice_seed, stage_seed
 from distserve.transfer.config import TransferConfig
 from distserve.transfer.errors import Garbled, Stalled
 from distserve.transfer.events import Reason
 from distserve.transfer.handshake import Link
-from distserve.transfer.layout import PieceSpan, cut
+from distserve.transfer.layout import Slice, cut, pieces
 from distserve.transfer.stage import StageHead
 from distserve.v1 import transfer_pb2 as pb
 from distserve_kernels.kv_copy import Bytes, PagedBytes
+from distserve_kernels.kv_window import PagedWindow
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Reading:
-    """A move's permission to read the pool; gone for good once aborted. Held while a piece is gathered."""
+    """A move's permission to read the pool; gone for good once aborted. Held while a slice is gathered."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     aborted: bool = False
@@ -66,7 +67,7 @@ class Aborted(Exception):
 class Sender:
     """One open link, seen by the thread that sends on it."""
 
-    def __init__(self, link: Link, pool: PagedBytes, config: TransferConfig) -> None:
+    def __init__(self, link: Link, pool: PagedBytes | PagedWindow, config: TransferConfig) -> None:
         self.link = link
         self._pool = pool
         self._config = config
@@ -97,12 +98,14 @@ class Sender:
 
     def _send_pieces(self, stage: Stage, head: StageHead) -> int:
         """Send pieces until the destination has ended the stage; returns the bytes sent."""
-        seed, nbytes = head.seed(), 0
-        for index, span in enumerate(cut(self.link.source_layout, stage.start, stage.end, self.link.slot_bytes)):
+        seed, index, nbytes = stage_seed(head.seed()), 0, 0
+        slices = cut(self.link.source_layout, stage.start, stage.end, self.link.slice_bytes)
+        for piece in pieces(slices, self.link.slot_bytes):
             self._await(stage, lambda: self._pushed - self._consumed < len(self._staged))
             if self._verdict() is not None:
                 return nbytes
-            nbytes += self._send_piece(stage, index, span, seed)
+            nbytes += self._send_piece(stage, index, piece, seed)
+            index += len(piece)
         self._await(stage, lambda: False)
         return nbytes
 
@@ -110,23 +113,27 @@ class Sender:
         self._staged = []
         self.link.close()
 
-    def _send_piece(self, stage: Stage, index: int, span: PieceSpan, seed: bytes) -> int:
+    def _send_piece(self, stage: Stage, first: int, slices: list[Slice], seed: int) -> int:
+        """Gather these slices, of which ``first`` is the first one's index, into the next slot and push it."""
         faults = self._config.faults
-        faults.on_piece(stage.ticket, index)
+        faults.on_piece(stage.ticket, first)
         slot = self._pushed % len(self._staged)
         staged = self._staged[slot]
-        with stage.reading.lock:
-            if stage.reading.aborted:
-                raise Aborted
-            nbytes = self._pool.gather(stage.blocks[span.low : span.high], staged, span.rows)
-        checksum = 0
-        if self._config.checksum:
-            checksum = digest(self.link.lane.slots[slot], nbytes, seed_of(seed, index))
-        faults.on_staged(stage.ticket, index, staged[:nbytes])
-        sent = faults.piece_bytes(stage.ticket, index, nbytes)
+        nbytes, checksums = 0, []
+        for index, each in enumerate(slices, first):
+            room = staged[nbytes : nbytes + each.nbytes]
+            with stage.reading.lock:
+                if stage.reading.aborted:
+                    raise Aborted
+                self._pool.gather(stage.blocks[each.low : each.high], room, each.rows)
+            if self._config.checksum:
+                checksums.append(digest(room, slice_seed(seed, index)))  # while it is in the cache
+            nbytes += each.nbytes
+        faults.on_staged(stage.ticket, first, staged[:nbytes])
+        sent = faults.piece_bytes(stage.ticket, first, nbytes)
         self.link.lane.push(slot, sent)
         self._pushed += 1
-        piece = pb.TransferPiece(stage=self._stages, index=index, nbytes=sent, checksum=checksum)
+        piece = pb.TransferPiece(stage=self._stages, index=first, nbytes=sent, checksums=checksums)
         self.link.channel.send(pb.TransferFrame(piece=piece))
         return nbytes
 

@@ -136,11 +136,11 @@ class ShmLane:
     def push(self, slot: int, nbytes: int) -> None:
         """Nothing to do: the channel's frame is the signal."""
 
-    def take(self, slot: int, nbytes: int, timeout_s: float) -> None:
-        """Nothing to wait for: the channel's frame was the signal."""
+    def expect(self, slot: int, nbytes: int) -> None:
+        """Nothing to do: it is there already."""
 
-    def release(self, slot: int) -> None:
-        """Nothing to do: the channel's frame is the signal."""
+    def take(self, slot: int, timeout_s: float) -> None:
+        """Nothing to wait for: the channel's frame was the signal."""
 
     def close(self) -> None:
         """Drop the views and the memory with them."""

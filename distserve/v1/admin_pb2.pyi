@@ -115,3 +115,31 @@ class InstanceKvStatus(_message.Message):
     problem: str
     idle_and_clean: bool
     def __init__(self, instance: _Optional[str] = ..., total: _Optional[int] = ..., by_state: _Optional[_Mapping[str, int]] = ..., holders: _Optional[int] = ..., problem: _Optional[str] = ..., idle_and_clean: bool = ...) -> None: ...
+
+class WatchTrafficRequest(_message.Message):
+    __slots__ = ("duration_s",)
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    duration_s: float
+    def __init__(self, duration_s: _Optional[float] = ...) -> None: ...
+
+class WatchTrafficResponse(_message.Message):
+    __slots__ = ("arrival_s", "prompt_tokens", "output_tokens", "prefix_blocks", "client", "slo_class", "outcome", "ttft_s", "total_s")
+    ARRIVAL_S_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    SLO_CLASS_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    prefix_blocks: _containers.RepeatedScalarFieldContainer[int]
+    client: int
+    slo_class: str
+    outcome: str
+    ttft_s: float
+    total_s: float
+    def __init__(self, arrival_s: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., prefix_blocks: _Optional[_Iterable[int]] = ..., client: _Optional[int] = ..., slo_class: _Optional[str] = ..., outcome: _Optional[str] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...

@@ -55,6 +55,11 @@ class AdminServiceStub(object):
                 request_serializer=distserve_dot_v1_dot_admin__pb2.ClusterKvCheckRequest.SerializeToString,
                 response_deserializer=distserve_dot_v1_dot_admin__pb2.ClusterKvCheckResponse.FromString,
                 _registered_method=True)
+        self.WatchTraffic = channel.unary_stream(
+                '/distserve.v1.AdminService/WatchTraffic',
+                request_serializer=distserve_dot_v1_dot_admin__pb2.WatchTrafficRequest.SerializeToString,
+                response_deserializer=distserve_dot_v1_dot_admin__pb2.WatchTrafficResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -89,6 +94,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchTraffic(self, request, context):
+        """Lengths, arrivals and shared prefixes of the requests that pass through this gateway from now on; no text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.KvCheck,
                     request_deserializer=distserve_dot_v1_dot_admin__pb2.ClusterKvCheckRequest.FromString,
                     response_serializer=distserve_dot_v1_dot_admin__pb2.ClusterKvCheckResponse.SerializeToString,
+            ),
+            'WatchTraffic': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTraffic,
+                    request_deserializer=distserve_dot_v1_dot_admin__pb2.WatchTrafficRequest.FromString,
+                    response_serializer=distserve_dot_v1_dot_admin__pb2.WatchTrafficResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,33 @@ class AdminService(object):
             '/distserve.v1.AdminService/KvCheck',
             distserve_dot_v1_dot_admin__pb2.ClusterKvCheckRequest.SerializeToString,
             distserve_dot_v1_dot_admin__pb2.ClusterKvCheckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/distserve.v1.AdminService/WatchTraffic',
+            distserve_dot_v1_dot_admin__pb2.WatchTrafficRequest.SerializeToString,
+            distserve_dot_v1_dot_admin__pb2.WatchTrafficResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,7 @@ class Code(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CODE_DEADLINE_EXCEEDED: _ClassVar[Code]
     CODE_CANCELLED: _ClassVar[Code]
     CODE_INTERNAL: _ClassVar[Code]
+    CODE_PERMISSION_DENIED: _ClassVar[Code]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
@@ -53,6 +54,7 @@ CODE_UNAVAILABLE: Code
 CODE_DEADLINE_EXCEEDED: Code
 CODE_CANCELLED: Code
 CODE_INTERNAL: Code
+CODE_PERMISSION_DENIED: Code
 
 class InstanceRef(_message.Message):
     __slots__ = ("id", "incarnation")

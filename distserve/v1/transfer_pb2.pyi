@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -42,7 +43,7 @@ class TransferLayout(_message.Message):
     def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class TransferHello(_message.Message):
-    __slots__ = ("version", "source", "destination", "fingerprint", "layout", "kind", "generation", "host", "cuda")
+    __slots__ = ("version", "source", "destination", "fingerprint", "layout", "kind", "generation", "host", "cuda", "source_rank", "destination_rank", "move_id", "nonce", "proof")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +53,11 @@ class TransferHello(_message.Message):
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     CUDA_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_RANK_FIELD_NUMBER: _ClassVar[int]
+    DESTINATION_RANK_FIELD_NUMBER: _ClassVar[int]
+    MOVE_ID_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     version: int
     source: TransferPeer
     destination: TransferPeer
@@ -61,21 +67,52 @@ class TransferHello(_message.Message):
     generation: int
     host: str
     cuda: bool
-    def __init__(self, version: _Optional[int] = ..., source: _Optional[_Union[TransferPeer, _Mapping]] = ..., destination: _Optional[_Union[TransferPeer, _Mapping]] = ..., fingerprint: _Optional[str] = ..., layout: _Optional[_Union[TransferLayout, _Mapping]] = ..., kind: _Optional[_Union[TransferLaneKind, str]] = ..., generation: _Optional[int] = ..., host: _Optional[str] = ..., cuda: bool = ...) -> None: ...
+    source_rank: TransferRank
+    destination_rank: TransferRank
+    move_id: str
+    nonce: bytes
+    proof: bytes
+    def __init__(self, version: _Optional[int] = ..., source: _Optional[_Union[TransferPeer, _Mapping]] = ..., destination: _Optional[_Union[TransferPeer, _Mapping]] = ..., fingerprint: _Optional[str] = ..., layout: _Optional[_Union[TransferLayout, _Mapping]] = ..., kind: _Optional[_Union[TransferLaneKind, str]] = ..., generation: _Optional[int] = ..., host: _Optional[str] = ..., cuda: bool = ..., source_rank: _Optional[_Union[TransferRank, _Mapping]] = ..., destination_rank: _Optional[_Union[TransferRank, _Mapping]] = ..., move_id: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class TransferRank(_message.Message):
+    __slots__ = ("tp", "pp", "rank")
+    TP_FIELD_NUMBER: _ClassVar[int]
+    PP_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    tp: int
+    pp: int
+    rank: int
+    def __init__(self, tp: _Optional[int] = ..., pp: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class TransferChallenge(_message.Message):
+    __slots__ = ("nonce", "proof")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    proof: bytes
+    def __init__(self, nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class TransferProof(_message.Message):
+    __slots__ = ("proof",)
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    proof: bytes
+    def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
 
 class TransferOffer(_message.Message):
-    __slots__ = ("kind", "slots", "slot_bytes", "segment", "group")
+    __slots__ = ("kind", "slots", "slot_bytes", "slice_bytes", "segment", "group")
     KIND_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     kind: TransferLaneKind
     slots: int
     slot_bytes: int
+    slice_bytes: int
     segment: TransferSegment
     group: TransferGroup
-    def __init__(self, kind: _Optional[_Union[TransferLaneKind, str]] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., segment: _Optional[_Union[TransferSegment, _Mapping]] = ..., group: _Optional[_Union[TransferGroup, _Mapping]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[TransferLaneKind, str]] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slice_bytes: _Optional[int] = ..., segment: _Optional[_Union[TransferSegment, _Mapping]] = ..., group: _Optional[_Union[TransferGroup, _Mapping]] = ...) -> None: ...
 
 class TransferSegment(_message.Message):
     __slots__ = ("locator", "proof")
@@ -106,10 +143,12 @@ class TransferReady(_message.Message):
     def __init__(self) -> None: ...
 
 class TransferRefusal(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "ticket")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    ticket: bool
+    def __init__(self, reason: _Optional[str] = ..., ticket: bool = ...) -> None: ...
 
 class TransferStageBegin(_message.Message):
     __slots__ = ("stage", "move_id", "request_id", "epoch", "source", "destination", "fingerprint", "nonce", "start", "end", "first_token", "block_size", "final", "checksum")
@@ -144,16 +183,16 @@ class TransferStageBegin(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., move_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source: _Optional[_Union[TransferPeer, _Mapping]] = ..., destination: _Optional[_Union[TransferPeer, _Mapping]] = ..., fingerprint: _Optional[str] = ..., nonce: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., first_token: _Optional[int] = ..., block_size: _Optional[int] = ..., final: bool = ..., checksum: bool = ...) -> None: ...
 
 class TransferPiece(_message.Message):
-    __slots__ = ("stage", "index", "nbytes", "checksum")
+    __slots__ = ("stage", "index", "nbytes", "checksums")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     stage: int
     index: int
     nbytes: int
-    checksum: int
-    def __init__(self, stage: _Optional[int] = ..., index: _Optional[int] = ..., nbytes: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stage: _Optional[int] = ..., index: _Optional[int] = ..., nbytes: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TransferStageAbort(_message.Message):
     __slots__ = ("stage",)
@@ -180,7 +219,7 @@ class TransferStageEnd(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., consumed: _Optional[int] = ...) -> None: ...
 
 class TransferFrame(_message.Message):
-    __slots__ = ("hello", "offer", "answer", "ready", "refusal", "begin", "piece", "abort", "consumed", "end")
+    __slots__ = ("hello", "offer", "answer", "ready", "refusal", "begin", "piece", "abort", "consumed", "end", "challenge", "proof")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +230,8 @@ class TransferFrame(_message.Message):
     ABORT_FIELD_NUMBER: _ClassVar[int]
     CONSUMED_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     hello: TransferHello
     offer: TransferOffer
     answer: TransferAnswer
@@ -201,4 +242,6 @@ class TransferFrame(_message.Message):
     abort: TransferStageAbort
     consumed: TransferConsumed
     end: TransferStageEnd
-    def __init__(self, hello: _Optional[_Union[TransferHello, _Mapping]] = ..., offer: _Optional[_Union[TransferOffer, _Mapping]] = ..., answer: _Optional[_Union[TransferAnswer, _Mapping]] = ..., ready: _Optional[_Union[TransferReady, _Mapping]] = ..., refusal: _Optional[_Union[TransferRefusal, _Mapping]] = ..., begin: _Optional[_Union[TransferStageBegin, _Mapping]] = ..., piece: _Optional[_Union[TransferPiece, _Mapping]] = ..., abort: _Optional[_Union[TransferStageAbort, _Mapping]] = ..., consumed: _Optional[_Union[TransferConsumed, _Mapping]] = ..., end: _Optional[_Union[TransferStageEnd, _Mapping]] = ...) -> None: ...
+    challenge: TransferChallenge
+    proof: TransferProof
+    def __init__(self, hello: _Optional[_Union[TransferHello, _Mapping]] = ..., offer: _Optional[_Union[TransferOffer, _Mapping]] = ..., answer: _Optional[_Union[TransferAnswer, _Mapping]] = ..., ready: _Optional[_Union[TransferReady, _Mapping]] = ..., refusal: _Optional[_Union[TransferRefusal, _Mapping]] = ..., begin: _Optional[_Union[TransferStageBegin, _Mapping]] = ..., piece: _Optional[_Union[TransferPiece, _Mapping]] = ..., abort: _Optional[_Union[TransferStageAbort, _Mapping]] = ..., consumed: _Optional[_Union[TransferConsumed, _Mapping]] = ..., end: _Optional[_Union[TransferStageEnd, _Mapping]] = ..., challenge: _Optional[_Union[TransferChallenge, _Mapping]] = ..., proof: _Optional[_Union[TransferProof, _Mapping]] = ...) -> None: ...

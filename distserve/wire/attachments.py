@@ -19,6 +19,7 @@ from distserve.core.types import GatewayRef, InstanceRef
 from distserve.wire.channels import ACCEPTED_KEY, PROTOCOL, Hello, HelloRefused, read_hello, sentence
 from distserve.wire.convert import WireError
 from distserve.wire.stream import Deliver, Outbox, OutboxOverflow, converse
+from distserve.wire.trust import OPEN, Trust
 
 P = TypeVar("P")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -35,9 +36,10 @@ class _Attachment:
 class ServerEnd:
     """The server's end of a control stream: take its hello, let it in, converse."""
 
-    def __init__(self, incoming: AsyncIterator[Message], context: Context) -> None:
+    def __init__(self, incoming: AsyncIterator[Message], context: Context, trust: Trust = OPEN) -> None:
         self._incoming = incoming
         self._context = context
+        self._trust = trust
 
     async def greet(self, me: InstanceRef | None, kind: type[InstanceRef] | type[GatewayRef]) -> Hello:
         """The hello of the stream, if it is one for us; otherwise ends the call with a sentence."""
@@ -53,7 +55,8 @@ class ServerEnd:
         self, outbox: Outbox[Event], wrapper: type[Message], deliver: Deliver, turn: asyncio.Lock | None = None
     ) -> None:
         """Say that the hello was taken, then carry both directions, as the function of that name."""
-        await self._context.send_initial_metadata(((ACCEPTED_KEY, str(PROTOCOL)),))
+        answer = self._trust.answer(self._context)
+        await self._context.send_initial_metadata(((ACCEPTED_KEY, str(PROTOCOL)), *answer))
         await converse(self._incoming, self._context.write, outbox, wrapper, deliver, turn)
 
     async def guarded(self, serving: Awaitable[None]) -> None:
@@ -64,6 +67,12 @@ class ServerEnd:
             await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except OutboxOverflow as error:
             await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except Replaced as error:
+            await self._context.abort(grpc.StatusCode.ABORTED, str(error))
+
+
+class Replaced(Exception):
+    """The same party has attached again; this stream of it is at its end."""
 
 
 class Attachments(Generic[P]):
@@ -103,6 +112,11 @@ class Attachments(Generic[P]):
         try:
             came()
             await talk
+        except asyncio.CancelledError as error:
+            why = sentence(error)
+            if mine.replaced and not _is_cancelled():
+                raise Replaced(f"{party} has attached again, which ends this stream") from None
+            raise
         except BaseException as error:
             why = sentence(error)
             raise
@@ -117,3 +131,9 @@ class Attachments(Generic[P]):
         """Wait until all that was queued is written."""
         for attachment in list(self._attached.values()):
             await attachment.outbox.emptied()
+
+
+def _is_cancelled() -> bool:
+    """Whether it is the running task itself that was cancelled, and not what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

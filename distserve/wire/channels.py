@@ -1,7 +1,7 @@
 """How control connections are made: channel and server settings, the hello that opens a stream, pauses between dials.
 
-Knows gRPC, no machine. Settings follow what was proved of grpcio: a keepalive of 20 s / 10 s needs the server's
-consent, the receive limit must exceed the longest prompt, and a port that two processes share is an error.
+Knows gRPC, no machine. Settings follow what was proved of grpcio: a keepalive needs the server's consent, the receive
+limit must exceed the longest prompt, and a port that two processes share is an error.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from google.protobuf.message import DecodeError
 from distserve.core.types import Endpoint, GatewayRef, InstanceRef
 from distserve.v1 import control_pb2
 from distserve.wire.convert import WireError, from_message, to_message
+from distserve.wire.trust import HELLO_KEY, OPEN, Trust
 
 PROTOCOL = 1
 """Version of the control protocol. Raised when a message changes its meaning; added fields do not."""
 
-HELLO_KEY = "distserve-hello-bin"
 ACCEPTED_KEY = "distserve-accepted"
 WILDCARDS = ("0.0.0.0", "::", "")
 MAX_MESSAGE_BYTES = 16 << 20
-KEEPALIVE_MS = 20_000
-KEEPALIVE_TIMEOUT_MS = 10_000
+KEEPALIVE_MS = 5_000  # a way that swallows everything is found out in ten seconds, as silence at the controller is
+KEEPALIVE_TIMEOUT_MS = 5_000
 CONNECT_TIMEOUT_S = 3.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
 
@@ -38,6 +38,8 @@ _COMMON: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.bdp_probe", 0),  # its ping, unanswered, keeps the keepalive's from being sent: silence for a minute
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
 )
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *_COMMON,
@@ -111,9 +113,9 @@ def _hello(message: control_pb2.Hello) -> Hello:
     return Hello(sender, to, endpoint)
 
 
-def dial(address: str) -> grpc.aio.Channel:
-    """An insecure channel to a control address. The caller closes it."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def dial(address: str, trust: Trust = OPEN) -> grpc.aio.Channel:
+    """A channel to a control address. The caller closes it."""
+    return trust.channel(address, CHANNEL_OPTIONS)
 
 
 class PortTaken(RuntimeError):
@@ -146,11 +148,11 @@ def own_host(bound: str, towards: str) -> str:
     return facing
 
 
-def bind(host: str, port: int) -> tuple[grpc.aio.Server, int]:
+def bind(host: str, port: int, trust: Trust = OPEN) -> tuple[grpc.aio.Server, int]:
     """A control server with its port (0: any) bound but not yet started. Raises ``PortTaken`` with a sentence."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=trust.interceptors())
     try:
-        bound = server.add_insecure_port(address_of(host, port))
+        bound = trust.add_port(server, address_of(host, port))
     except RuntimeError:
         bound = 0
     if bound == 0:

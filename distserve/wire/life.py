@@ -4,7 +4,9 @@
 it writes JSON lines there, each with ``event``, ``kind`` (``controller | gateway | instance``), ``id`` and ``pid``:
 
 ``bound``   ports are open: ``address`` (gRPC host:port), for an instance also ``data_address``, ``incarnation``,
-            ``role``; for a gateway ``http_port``, ``grpc_port`` (null when off), and ``controller_address``.
+            ``role``, and ``own_address`` and ``own_data_address``, where it listens, which ``--advertise`` may hide;
+            for a gateway ``http_port``, ``grpc_port`` (null when off), and ``controller_address``; for an instance and
+            a controller ``ops_port`` (null when off).
 ``joined``  instance only: the controller took it in.
 ``ready``   gateway only: a canary went through the cluster (again, after a time of not being ready).
 

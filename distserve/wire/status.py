@@ -20,6 +20,10 @@ DOMAIN = "distserve.dev"
 MIN_RETRY_AFTER_S = 1.0
 """What a retryable error says when its sender named no time."""
 
+LONGEST_SENTENCE, LONGEST_NAME = 1000, 128
+"""In bytes of UTF-8. A refusal may quote what was sent, and gRPC carries it, thrice, in trailers of at most 8 KiB: a
+longer one would reach the client as RESOURCE_EXHAUSTED, whatever it was."""
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -37,6 +41,9 @@ TABLE: dict[Code, Status] = {
     Code.NOT_FOUND: Status(grpc.StatusCode.NOT_FOUND, 404, "invalid_request_error", "not_found"),
     Code.ALREADY_EXISTS: Status(grpc.StatusCode.ALREADY_EXISTS, 409, "invalid_request_error", "already_exists"),
     Code.UNAUTHENTICATED: Status(grpc.StatusCode.UNAUTHENTICATED, 401, "invalid_request_error", "invalid_api_key"),
+    Code.PERMISSION_DENIED: Status(
+        grpc.StatusCode.PERMISSION_DENIED, 403, "invalid_request_error", "permission_denied"
+    ),
     Code.RESOURCE_EXHAUSTED: Status(
         grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error", "rate_limit_exceeded", retryable=True
     ),
@@ -69,14 +76,15 @@ class Problem:
 
 def rpc_details(problem: Problem) -> status_pb2.Status:
     """The error as ``google.rpc.Status``: ErrorInfo always, RetryInfo and BadRequest where they are true."""
+    message, param = _cut(problem.message, LONGEST_SENTENCE), _cut(problem.param, LONGEST_NAME)
     details = [_packed(_error_info(problem))]
     if problem.wait_s > 0:
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=_duration(problem.wait_s))))
-    if problem.code is Code.INVALID_ARGUMENT and problem.param:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=problem.param, description=problem.message)
+    if problem.code is Code.INVALID_ARGUMENT and param:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=param, description=message)
         details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
     number: int = problem.status.grpc.value[0]
-    return status_pb2.Status(code=number, message=problem.message, details=details)
+    return status_pb2.Status(code=number, message=message, details=details)
 
 
 def grpc_status(problem: Problem) -> grpc.Status:
@@ -88,7 +96,7 @@ def openai_body(problem: Problem, openai_code: str = "") -> dict[str, object]:
     """The error in OpenAI's shape. ``openai_code`` replaces the table's, where OpenAI has a word of its own."""
     status = problem.status
     error = {
-        "message": problem.message,
+        "message": _cut(problem.message, LONGEST_SENTENCE),
         "type": status.openai_type,
         "param": problem.param or None,
         "code": openai_code or status.openai_code,
@@ -106,8 +114,16 @@ def http_headers(problem: Problem) -> dict[str, str]:
 
 def _error_info(problem: Problem) -> error_details_pb2.ErrorInfo:
     metadata = {"param": problem.param, "request_id": problem.request_id}
-    filled = {key: value for key, value in metadata.items() if value}
+    filled = {key: _cut(value, LONGEST_NAME) for key, value in metadata.items() if value}
     return error_details_pb2.ErrorInfo(reason=problem.code.name, domain=DOMAIN, metadata=filled)
+
+
+def _cut(text: str, limit: int) -> str:
+    """The text, or its beginning and an ellipsis, in at most ``limit`` bytes of UTF-8."""
+    whole = text.encode(errors="replace")
+    if len(whole) <= limit:
+        return whole.decode()
+    return whole[: limit - 3].decode(errors="ignore") + "…"
 
 
 def _packed(

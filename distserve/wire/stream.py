@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from distserve.core.events import Event
 from distserve.wire.channels import ACCEPTED_KEY, CONNECT_TIMEOUT_S, Hello, dial
 from distserve.wire.convert import from_wire, to_wire
+from distserve.wire.trust import OPEN, Trust, method_path
 
 E = TypeVar("E")
 Deliver = Callable[[Event], None]
@@ -132,10 +133,20 @@ async def _overflow(outbox: Outbox[Any]) -> None:
 class DialledStream:
     """The client's end of a control stream: dial, be accepted, converse, hang up. One use, on one asyncio loop."""
 
-    def __init__(self, address: str, stub: Callable[[grpc.aio.Channel], Any], method: str, hello: Hello) -> None:
-        self._channel = dial(address)
+    def __init__(
+        self,
+        address: str,
+        stub: Callable[[grpc.aio.Channel], Any],
+        method: str,
+        hello: Hello,
+        trust: Trust = OPEN,
+    ) -> None:
+        self._address = address
+        self._trust = trust
+        self._channel = dial(address, trust)
         attach = getattr(stub(self._channel), method)
-        self._call: grpc.aio.StreamStreamCall[Any, Any] = attach(metadata=hello.metadata())
+        metadata, self._proof = trust.prove(method_path(stub, method), hello.metadata())
+        self._call: grpc.aio.StreamStreamCall[Any, Any] = attach(metadata=metadata)
 
     async def accepted(self) -> None:
         """Wait until the other side took the hello. Raises one of ``STREAM_ENDS`` with its sentence if it did not."""
@@ -143,6 +154,12 @@ class DialledStream:
             metadata = await self._call.initial_metadata()
             if all(key != ACCEPTED_KEY for key, _ in metadata):  # a refused call has initial metadata too
                 raise await self._failure()
+            if not self._trust.is_answered(self._proof, metadata):
+                raise _error(
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    f"we refused {self._address}: it does not know our cluster secret; give both the same "
+                    "--cluster-secret-file (or DISTSERVE_CLUSTER_SECRET)",
+                )
 
     async def converse(
         self, outbox: Outbox[Any], wrapper: type[Message], deliver: Deliver, turn: asyncio.Lock | None = None
@@ -166,4 +183,8 @@ class DialledStream:
 
     async def _failure(self) -> grpc.aio.AioRpcError:
         code, details = await self._call.code(), await self._call.details()
-        return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details, "")
+        return _error(code, self._trust.explained(details or "", self._address))
+
+
+def _error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details, "")

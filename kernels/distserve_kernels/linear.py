@@ -40,6 +40,17 @@ class Linear:
             y = F.linear(x, self._weight, self._bias)
         return y.to(self.dtype) if self._widened else y
 
+    def plain(self) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in] and the bias as they were given."""
+        weight = self._weight.to_dense() if self._packed else self._weight
+        return weight.to(self.dtype), None if self._bias is None else self._bias.to(self.dtype)
+
+    def give_up(self) -> tuple[Tensor, Tensor | None]:
+        """``plain``, for another to keep: this object is of no use afterwards."""
+        weight, bias = self.plain()
+        self._weight, self._bias = weight.new_empty(0), None
+        return weight, bias
+
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN packs weights of this device and dtype in this build of torch."""

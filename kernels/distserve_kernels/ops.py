@@ -1,16 +1,17 @@
 """The face of the kernels: the operations a model needs, chosen once for a device.
 
-The torch reference serves every device. A faster backend is one more row of ``_BACKENDS``, tested against it.
+The torch reference serves every device; on a GPU with Triton, kernels of the same signatures take the place of some.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from distserve_kernels.backend import triton_serves
 from distserve_kernels.decode_attention import decode_attention
 from distserve_kernels.kv_write import kv_write
 from distserve_kernels.paged import DecodeGroup, LayerKv
@@ -34,9 +35,14 @@ class Ops:
 
 
 REFERENCE = Ops(rms_norm, add_rms_norm, rotary_, silu_mul, kv_write, prefill_attention, decode_attention)
-_BACKENDS: dict[str, Ops] = {"cpu": REFERENCE}
 
 
 def ops_for(device: torch.device) -> Ops:
     """The operations to use on ``device``."""
-    return _BACKENDS.get(device.type, REFERENCE)
+    return _with_triton(REFERENCE) if triton_serves(device) else REFERENCE
+
+
+def _with_triton(plain: Ops) -> Ops:
+    from distserve_kernels.triton import gate, norm  # needs Triton
+
+    return replace(plain, rms_norm=norm.rms_norm, add_rms_norm=norm.add_rms_norm, silu_mul=gate.silu_mul)

@@ -15,6 +15,7 @@ __all__ = [
     "Deployment",
     "Effort",
     "FromFit",
+    "FromProfile",
     "FromTables",
     "InstanceSpec",
     "Job",
@@ -31,7 +32,7 @@ __all__ = [
     "simulate",
 ]
 
-_OF_THE_SEARCH = ("Effort", "FromFit", "FromTables", "Problem", "SearchResult", "search")
+_OF_THE_SEARCH = ("Effort", "FromFit", "FromProfile", "FromTables", "Problem", "SearchResult", "search")
 
 
 def __getattr__(name: str) -> Any:

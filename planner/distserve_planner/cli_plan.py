@@ -9,17 +9,27 @@ import time
 from typing import Any, TextIO
 
 from distserve_planner import workload as workloads
-from distserve_planner.cli_simulate import parse_slo, write
+from distserve_planner.cli_simulate import write
 from distserve_planner.cluster import read_cluster
 from distserve_planner.latency.fitted import profiles
 from distserve_planner.latency.operators import engine_named
-from distserve_planner.latency.source import default_policy
+from distserve_planner.latency.source import default_policy, is_file, profile_for
 from distserve_planner.models import load_model
 from distserve_planner.plan import as_text, plain, write_plan
 from distserve_planner.refusal import CannotPlan, nearest
 from distserve_planner.report import write_report
-from distserve_planner.selection import Effort, FromFit, FromTables, LatencySource, Problem, SearchResult, search
+from distserve_planner.selection import (
+    Effort,
+    FromFit,
+    FromProfile,
+    FromTables,
+    LatencySource,
+    Problem,
+    SearchResult,
+    search,
+)
 from distserve_planner.selection.verdict import plan_from
+from distserve_planner.slo import parse_slos
 from distserve_planner.workload import Workload
 
 TABLES = "tables"
@@ -51,7 +61,7 @@ def run(parsed: argparse.Namespace, out: TextIO | None = None) -> int:
 def problem_of(parsed: argparse.Namespace) -> Problem:
     """The question in the words of the command line. Raises CannotPlan."""
     model = load_model(parsed.model)
-    seed = parsed.seed
+    classes, seed = parse_slos(parsed.slo), parsed.seed
     effort = Effort(parsed.requests, max(parsed.requests, parsed.final_requests), parsed.top, parsed.unit_gpus, seed)
     if not parsed.rate > 0:
         raise CannotPlan(f"--rate {parsed.rate:g}: requests a second must be above 0")
@@ -61,7 +71,8 @@ def problem_of(parsed: argparse.Namespace) -> Problem:
         model=model,
         cluster=read_cluster(parsed.cluster),
         workload=_workload(parsed, effort),
-        slo=parse_slo(parsed.slo),
+        slo=classes.loosest,
+        classes=classes if classes.several else None,
         rate=parsed.rate,
         latency=_latency(parsed, parsed.profile),
         mixed_latency=_latency(parsed, parsed.mixed_profile) if parsed.mixed_profile else None,
@@ -77,8 +88,12 @@ def _latency(parsed: argparse.Namespace, profile: str) -> LatencySource:
     known = [*profiles(), TABLES]
     if profile in profiles():
         return FromFit(profile, parsed.model)
+    if is_file(profile):
+        profile_for(profile, parsed.model)  # refuses another model's
+        return FromProfile(profile)
     if profile == TABLES:
         return FromTables(load_model(parsed.model), engine_named(parsed.engine).name)
+    known.append("a file of `distserve profile`")
     raise CannotPlan(f"unknown profile {profile!r}{nearest(profile, known)} (known: {', '.join(known)})")
 
 
@@ -87,22 +102,7 @@ def _workload(parsed: argparse.Namespace, effort: Effort) -> Workload:
         raise CannotPlan("give the traffic as --trace FILE or as --workload NAME, one of the two")
     if parsed.trace is not None:
         return workloads.read(parsed.trace)
-    return named(parsed.workload, effort.final_requests, effort.seed)
-
-
-def named(name: str, requests: int, seed: int) -> Workload:
-    """``sharegpt``, or ``constant:PROMPT/OUTPUT``, with Poisson arrivals at 1 a second. Raises CannotPlan."""
-    word, _, rest = name.partition(":")
-    if word == "sharegpt" and not rest:
-        return workloads.synthetic(workloads.SHAREGPT, workloads.poisson(1.0), requests, seed, name)
-    prompt, _, output = rest.partition("/")
-    if word == "constant" and prompt.isdigit() and output.isdigit() and int(prompt) and int(output):
-        lengths = workloads.Constant(int(prompt), int(output))
-        return workloads.synthetic(lengths, workloads.poisson(1.0), requests, seed, name)
-    known = ("sharegpt", "constant:512/64")
-    raise CannotPlan(
-        f"unknown workload {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give --trace FILE)"
-    )
+    return workloads.named(parsed.workload, effort.final_requests, effort.seed)
 
 
 def candidates(result: SearchResult) -> list[dict[str, Any]]:

@@ -6,99 +6,119 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distserve.core.types import Role
 from distserve_planner import workload as workloads
-from distserve_planner.latency.source import default_policy, latency_model
+from distserve_planner.given import Source, plan_of_machine
+from distserve_planner.latency.profiled import ProfiledModel
+from distserve_planner.latency.source import default_policy, is_file, latency_model, profile_for
+from distserve_planner.plan import write_plan
 from distserve_planner.refusal import CannotPlan, only_known, whole
 from distserve_planner.simulation.deployment import InstanceSpec, instance, on_ports, policy
-from distserve_planner.simulation.result import SimulationResult, Slo
+from distserve_planner.simulation.result import SimulationResult
 from distserve_planner.simulation.run import simulate
+from distserve_planner.simulation.shared import Machine, simulate_shared
+from distserve_planner.slo import SloClasses, pairs, parse_slos
 
 SHAPE = {"tp": 1, "pp": 1, "n": 1}
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Simulate what ``parsed`` (the arguments of the command) describes. Raises CannotPlan or OutOfRange."""
-    slo = parse_slo(parsed.slo)
+    classes = parse_slos(parsed.slo)
+    if parsed.out is not None and not is_file(parsed.profile):
+        raise CannotPlan("--out needs a profile of this machine (`distserve profile`): a plan of it is written")
     workload = workloads.read(parsed.requests)
     if parsed.rate is not None:
         workload = workload.at_rate(parsed.rate)
-    deployment = on_ports(_instances(parsed), parsed.kv_bandwidth * 1e9)
+    kinds = classes.kinds(workload.jobs)
     began = time.process_time()
-    result = simulate(deployment, workload, seed=parsed.seed)
+    if is_file(parsed.profile):
+        shared = machine(parsed)
+        result = simulate_shared(shared, workload, seed=parsed.seed)
+    else:
+        deployment = on_ports(_instances(parsed), parsed.kv_bandwidth * 1e9)
+        began = time.process_time()
+        result = simulate(deployment, workload, seed=parsed.seed)
     spent = time.process_time() - began
-    print(_table(result, slo, spent))
+    print(_table(result, classes, kinds, spent))
+    if parsed.out is not None:
+        source = Source(parsed.model, parsed.profile, str(parsed.requests))
+        write_plan(plan_of_machine(shared, workload, classes, result, source), parsed.out)
+        print(f"plan written to {parsed.out}")
     if parsed.json is not None:
-        write(parsed.json, document(result, slo))
+        write(parsed.json, document(result, classes, kinds))
         print(f"written to {parsed.json}")
     return 0
 
 
-def parse_slo(text: str) -> Slo:
-    """``ttft=0.2,tpot=0.1[,attainment=0.9]``, seconds. Raises CannotPlan."""
-    words = _pairs(text, "--slo")
-    only_known(words, ("ttft", "tpot", "attainment"), "--slo")
-    values: dict[str, float] = {}
-    for key, word in words.items():
-        try:
-            values[key] = float(word)
-        except ValueError:
-            raise CannotPlan(f"--slo: {key}={word!r} is not a number") from None
-        if not values[key] > 0 or (key == "attainment" and values[key] > 1):
-            raise CannotPlan(f"--slo: {key}={word} is out of range; limits are above 0, an attainment at most 1")
-    if "ttft" not in values or "tpot" not in values:
-        raise CannotPlan("--slo needs both limits in seconds, such as ttft=0.25,tpot=0.1")
-    return Slo(values["ttft"], values["tpot"], values.get("attainment", 0.9))
-
-
 def parse_shape(text: str, flag: str) -> tuple[int, int, int]:
     """``tp=2,pp=1,n=1``, each 1 unless given. Raises CannotPlan."""
-    words = _pairs(text, flag)
+    words = pairs(text, flag)
     only_known(words, SHAPE, flag)
     numbers = {key: whole(int(word) if word.isdigit() else word, f"{flag} {key}") for key, word in words.items()}
     shape = {**SHAPE, **numbers}
     return shape["tp"], shape["pp"], shape["n"]
 
 
-def _pairs(text: str, flag: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    if not pairs or any(not sep for _, sep, _ in pairs):
-        raise CannotPlan(f"{flag}: {text!r} is not of the form key=value,key=value")
-    return {key.strip(): word.strip() for key, _, word in pairs}
-
-
-def _instances(parsed: argparse.Namespace) -> list[InstanceSpec]:
+def _shapes(parsed: argparse.Namespace) -> Iterator[tuple[Role, int, int, int]]:
+    """(role, tp, pp, count) as asked for. Raises CannotPlan."""
     roles = {Role.PREFILL: parsed.prefill, Role.DECODE: parsed.decode, Role.MIXED: parsed.mixed}
     given = {role: text for role, text in roles.items() if text}
     if set(given) not in ({Role.PREFILL, Role.DECODE}, {Role.MIXED}):
         raise CannotPlan("give --prefill and --decode, or --mixed alone, each such as tp=2,pp=1,n=1")
+    for role, text in given.items():
+        yield (role, *parse_shape(text, f"--{role}"))
+
+
+def machine(parsed: argparse.Namespace) -> Machine:
+    """The instances on the machine whose profile is given. Raises CannotPlan or OutOfRange."""
+    profile = profile_for(parsed.profile, parsed.model)
+    limits = replace(policy(parsed.policy or default_policy(parsed.profile)), prefix_cache=parsed.prefix_cache)
+    roles: list[Role] = []
+    for role, tp, pp, count in _shapes(parsed):
+        ProfiledModel(profile, tp, pp)  # refuses what was not measured
+        roles += [role] * count
+    return Machine(profile, tuple(roles), limits, parsed.kv_tokens)
+
+
+def _instances(parsed: argparse.Namespace) -> list[InstanceSpec]:
     limits = policy(parsed.policy or default_policy(parsed.profile))
     specs: list[InstanceSpec] = []
-    for role, text in given.items():
-        tp, pp, count = parse_shape(text, f"--{role}")
+    for role, tp, pp, count in _shapes(parsed):
         model = latency_model(parsed.profile, parsed.model, tp, pp)
         spec = instance(role, model, limits, prefix_cache=parsed.prefix_cache, kv_tokens=parsed.kv_tokens)
         specs += [spec] * count
     return specs
 
 
-def document(result: SimulationResult, slo: Slo) -> dict[str, Any]:
+def document(result: SimulationResult, classes: SloClasses, kinds: NDArray[np.int64]) -> dict[str, Any]:
     """What ``--json`` writes. A request that was refused or never answered has null times and the reason."""
     requests: list[dict[str, Any]] = []
-    for trail in result.trails:
+    for trail, kind in zip(result.trails, kinds.tolist(), strict=True):
         entry: dict[str, Any] = {"ttft_ms": _ms(trail.ttft_s), "tpot_ms": _ms(trail.tpot_s)}
+        if classes.several:
+            entry["class"] = classes.classes[kind].name
         if trail.refused:
             entry["refused"] = trail.refused
         requests.append(entry)
-    return {
-        "attainment": result.attainment(slo),
+    met, slo = classes.met(result, kinds), classes.loosest
+    found: dict[str, Any] = {
+        "attainment": float(met.mean()),
         "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
         "digest": result.digest,
         "requests": requests,
     }
+    if classes.several:
+        found["classes"] = {each.name: asdict(each) | {"met": each.met} for each in classes.shares(met, kinds)}
+    return found
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -113,7 +133,7 @@ def _ms(seconds: float) -> float | None:
     return round(seconds * 1e3, 4) if math.isfinite(seconds) else None
 
 
-def _table(result: SimulationResult, slo: Slo, spent: float) -> str:
+def _table(result: SimulationResult, classes: SloClasses, kinds: NDArray[np.int64], spent: float) -> str:
     n, ttft, tpot = len(result.trails), result.ttft_s(), result.tpot_s()
     lines = [
         f"{n} requests, {n / max(spent, 1e-9):,.0f} simulated a CPU second",
@@ -122,9 +142,16 @@ def _table(result: SimulationResult, slo: Slo, spent: float) -> str:
     for name, values in (("TTFT", ttft), ("TPOT", tpot)):
         marks = "".join(f"{result.percentile(values, q) * 1e3:9.1f}" for q in (0.5, 0.9, 0.99))
         lines.append(f"{name:6}{marks}")
-    within = f"TTFT {(ttft < slo.ttft_s).mean():.1%}, TPOT {(tpot < slo.tpot_s).mean():.1%}"
-    limits = f"{slo.ttft_s:g} s and {slo.tpot_s:g} s"
-    lines.append(f"attainment {result.attainment(slo):.1%} within {limits} ({within})")
+    met, (most_ttft, most_tpot) = classes.met(result, kinds), classes.limits(kinds)
+    within = f"TTFT {(ttft < most_ttft).mean():.1%}, TPOT {(tpot < most_tpot).mean():.1%}"
+    if classes.several:
+        lines.append(f"attainment {met.mean():.1%} within the limits of their classes ({within})")
+        for each in classes.shares(met, kinds):
+            word = "met" if each.met else "missed"
+            lines.append(f"  {each.name}: {each.attainment:.1%} of {each.requests}, target {each.target:.0%} {word}")
+    else:
+        slo = classes.loosest
+        lines.append(f"attainment {met.mean():.1%} within {slo.ttft_s:g} s and {slo.tpot_s:g} s ({within})")
     refused = [t.refused for t in result.trails if t.refused]
     if refused:
         lines.append(f"{len(refused)} refused, the first because {refused[0]}")

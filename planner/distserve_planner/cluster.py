@@ -18,18 +18,19 @@ pod, so that KV between any two instances goes over the network.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from distserve.core.documents import parse_yaml
 from distserve_planner.hardware import Gpu, gpu_described, gpu_named
 from distserve_planner.refusal import CannotPlan, mapping, nearest, number, only_known, whole
 
 VERSION = 1
+MOST_NODES, MOST_GPUS = 10_000, 1024  # of a cluster, of a node
 DEFAULT_NETWORK_GBS = 3.125  # 25 Gbit/s, the paper's testbed
 _KEYS = ("version", "name", "pod", "network_gbs", "gpu_types", "nodes")
 _NODE_KEYS = (
@@ -137,11 +138,11 @@ def read_cluster(path: str | Path) -> Cluster:
     """A cluster file. Raises CannotPlan with a sentence."""
     file = Path(path)
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        document = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CannotPlan(f"cannot read {file}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise CannotPlan(f"{file} is not valid YAML: {error}") from error
+    except ValueError as error:  # no UTF-8, or no YAML
+        raise CannotPlan(f"{file} {error}") from error
     return cluster_of(mapping(document, str(file)), file.stem)
 
 
@@ -163,9 +164,11 @@ def cluster_of(document: Mapping[str, Any], name: str = "cluster") -> Cluster:
     nodes: list[Node] = []
     for i, each in enumerate(listed):
         nodes += _nodes_of(mapping(each, f"nodes[{i}]"), i, types, network)
-    names = [node.name for node in nodes]
-    if twice := next((n for n in names if names.count(n) > 1), None):
-        raise CannotPlan(f"cluster: two nodes are named {twice!r}")
+        if len(nodes) > MOST_NODES:
+            raise CannotPlan(f"cluster: it has more than the {MOST_NODES} nodes that can be planned for")
+    twice = [name for name, count in Counter(node.name for node in nodes).items() if count > 1]
+    if twice:
+        raise CannotPlan(f"cluster: two nodes are named {twice[0]!r}")
     return Cluster(str(document.get("name", name)), tuple(nodes), Pod(pod))
 
 
@@ -183,14 +186,14 @@ def _nodes_of(document: Mapping[str, Any], i: int, types: Mapping[str, Gpu], net
     if "price_per_hour" in document:
         changed["price_per_hour"] = number(document["price_per_hour"], f"{where}.price_per_hour", -1.0)
     gpu = dataclasses.replace(gpu, **changed)
-    gpus = whole(document.get("gpus", 1), f"{where}.gpus")
+    gpus = whole(document.get("gpus", 1), f"{where}.gpus", most=MOST_GPUS)
     node = Node(
         str(document.get("name", f"node-{i}")),
         gpu,
         _domains(document.get("nvlink_domains"), gpus, where),
         number(document.get("network_gbs", network), f"{where}.network_gbs") * 1e9,
     )
-    count = whole(document.get("count", 1), f"{where}.count")
+    count = whole(document.get("count", 1), f"{where}.count", most=MOST_NODES)
     if count == 1:
         return [node]
     return [dataclasses.replace(node, name=f"{node.name}-{c}") for c in range(count)]

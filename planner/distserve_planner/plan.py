@@ -6,7 +6,6 @@ Versioned and validated on reading; an unknown key names the nearest known one. 
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -15,7 +14,10 @@ from typing import Any
 
 import yaml
 
-from distserve_planner.refusal import CannotPlan, mapping, nearest, only_known
+from distserve.core.documents import parse_yaml
+from distserve.sched.batching import BatchPolicy
+from distserve.sched.config import InstanceConfig
+from distserve_planner.refusal import MOST, CannotPlan, mapping, nearest, only_known
 
 VERSION = 1
 ROLES = ("prefill", "decode", "mixed")
@@ -58,6 +60,20 @@ class Targets:
     ttft_s: float
     tpot_s: float
     attainment: float
+
+
+@dataclass(frozen=True, slots=True)
+class TargetsOfClass:
+    """The targets of one class of requests. ``rule``: lengths it takes (as ``--slo``); ``predicted``: attainment of its
+    ``requests`` at the planned rate."""
+
+    name: str
+    ttft_s: float
+    tpot_s: float
+    attainment: float
+    rule: str
+    requests: int
+    predicted: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +123,40 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True)
+class Batching:
+    """Limits of an instance's steps, in the words of ``distserve serve``."""
+
+    batching: str = "chunked"
+    max_batch_tokens: int = 2048
+    max_mixed_tokens: int = 512
+    prefill_chunk: int = 512
+    max_sequences: int = 64
+    headroom_share: float = 0.02
+    prefix_cache: bool = False
+
+    @staticmethod
+    def of(config: InstanceConfig) -> Batching:
+        """The limits of an instance's settings."""
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Batching)}
+        return Batching(**(values | {"batching": str(config.batching)}))
+
+    def onto(self, config: InstanceConfig) -> InstanceConfig:
+        """``config`` with these limits. Raises CannotPlan for an unknown batching."""
+        known = [str(each) for each in BatchPolicy]
+        if self.batching not in known:
+            hint = nearest(self.batching, known)
+            raise CannotPlan(f"plan: unknown batching {self.batching!r}{hint} (known: {', '.join(known)})")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(config, **(values | {"batching": BatchPolicy(self.batching)}))
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole file. ``why``: one sentence; ``notes``: what the reader must know before trusting it."""
+    """The whole file. ``why``: one sentence; ``notes``: what the reader must know before trusting it.
+
+    ``profile``: the file of the machine it was planned with, if it was; ``threads`` of an instance and ``dtype`` are
+    then that profile's.
+    """
 
     version: int
     model: str
@@ -127,6 +175,16 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
     trace: str = ""
+    profile: str = ""
+    dtype: str = ""
+    threads: int = 0
+    batching: Batching = Batching()
+    slo_classes: tuple[TargetsOfClass, ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of its instances, prefill first, then decode, then mixed: the order ``distserve serve`` starts them in."""
+        return tuple(sorted((each.role for each in self.instances), key=ROLES.index))
 
     def count(self, role: str) -> int:
         return sum(1 for instance in self.instances if instance.role == role)
@@ -156,6 +214,8 @@ def _check_instance(each: PlannedInstance) -> None:
     if each.role not in ROLES:
         known = ", ".join(ROLES)
         raise CannotPlan(f"plan: {each.id} has role {each.role!r}{nearest(each.role, ROLES)} (known: {known})")
+    if each.tp < 1 or each.pp < 1 or each.kv_tokens < 0:
+        raise CannotPlan(f"plan: {each.id} needs tp and pp of at least 1, and no negative kv_tokens")
     if len(each.stages) != each.pp:
         raise CannotPlan(f"plan: {each.id} has pp={each.pp} but {len(each.stages)} stages")
     if any(len(set(stage.gpus)) != each.tp for stage in each.stages):
@@ -180,11 +240,11 @@ def write_plan(plan: Plan, path: str | Path) -> None:
 def read_plan(path: str | Path) -> Plan:
     """Raises CannotPlan with a sentence for what is missing, unknown, ill-typed or contradictory."""
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise CannotPlan(f"cannot read {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise CannotPlan(f"{path} is not valid YAML: {error}") from error
+    except ValueError as error:  # no UTF-8, or no YAML
+        raise CannotPlan(f"{path} {error}") from error
     return plan_of(mapping(document, str(path)))
 
 
@@ -206,7 +266,9 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return value
 
 
 def _build(kind: Any, document: Any, where: str) -> Any:
@@ -218,7 +280,7 @@ def _build(kind: Any, document: Any, where: str) -> Any:
     for field in dataclasses.fields(kind):
         if field.name in document:
             values[field.name] = _value(hints[field.name], document[field.name], f"{where}.{field.name}")
-        elif field.default is MISSING:
+        elif field.default is MISSING and field.default_factory is MISSING:
             raise CannotPlan(f"{where}: {field.name!r} is missing")
     return kind(**values)
 
@@ -232,8 +294,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, where)
     fits = isinstance(value, int | float) if kind is float else isinstance(value, kind)
-    if not fits or isinstance(value, bool) or (kind is float and not math.isfinite(value)):
-        raise CannotPlan(f"{where}: {value!r} is not of type {kind.__name__}")
+    absurd = isinstance(value, int | float) and not abs(value) < MOST
+    if not fits or isinstance(value, bool) != (kind is bool) or absurd:
+        raise CannotPlan(f"{where}: {value!r:.200} is not of type {kind.__name__}")
     return float(value) if kind is float else value
 
 
@@ -256,6 +319,12 @@ def as_text(plan: Plan) -> str:
         + (f"; ${p.cost_per_million:.2f} per million output tokens" if p.cost_per_million else ""),
         "",
     ]
+    for c in plan.slo_classes:
+        limits = f"TTFT ≤ {c.ttft_s:g} s and TPOT ≤ {c.tpot_s:g} s for {c.attainment:.0%}"
+        rule = f" ({c.rule})" if c.rule else ""
+        lines.append(f"class {c.name}{rule}: {limits}; predicted {c.predicted:.1%} of {c.requests}")
+    if plan.slo_classes:
+        lines.append("")
     if plan.links:
         heads = ("link", "expected GB/s", "capacity GB/s", "used")
         lines += [*_table(heads, [_link_row(link) for link in plan.links]), ""]
@@ -273,7 +342,7 @@ def _instance_row(each: PlannedInstance) -> list[str]:
 
 
 def _link_row(link: PlannedLink) -> list[str]:
-    share = link.bytes_s / link.capacity_bytes_s
+    share = link.bytes_s / link.capacity_bytes_s if link.capacity_bytes_s else 0.0
     return [link.link, f"{link.bytes_s / 1e9:.2f}", f"{link.capacity_bytes_s / 1e9:.1f}", f"{share:.1%}"]
 
 

@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+MOST = 1e100
+"""No number of a plan is as large; sums and products of smaller ones are still numbers."""
+
 
 class CannotPlan(ValueError):
     """What was asked cannot be planned; the text is for the user."""
@@ -33,14 +36,16 @@ def mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def number(value: Any, where: str, least: float = 0.0) -> float:
-    """``value`` as a float above ``least``, or CannotPlan."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > least:
-        raise CannotPlan(f"{where}: {value!r} is not a number above {least:g}")
+    """``value`` as a float above ``least`` and short of the absurd, or CannotPlan."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least < value < MOST:
+        raise CannotPlan(f"{where}: {value!r:.200} is not a number above {least:g}")
     return float(value)
 
 
-def whole(value: Any, where: str, least: int = 1) -> int:
-    """``value`` as an int of at least ``least``, or CannotPlan."""
+def whole(value: Any, where: str, least: int = 1, most: int = 1 << 53) -> int:
+    """``value`` as an int from ``least`` to ``most``, or CannotPlan."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise CannotPlan(f"{where}: {value!r} is not a whole number of at least {least}")
+        raise CannotPlan(f"{where}: {value!r:.200} is not a whole number of at least {least}")
+    if value > most:
+        raise CannotPlan(f"{where}: {value!r:.200} is more than {most}, the most that can be planned for")
     return value

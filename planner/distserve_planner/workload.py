@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distserve_planner.refusal import CannotPlan, whole
+from distserve_planner.refusal import CannotPlan, nearest, whole
 
 Seconds = np.ndarray
+MOST_TOKENS, MOST_SECONDS = 1 << 31, 1e12
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -82,7 +84,9 @@ def read(path: Path | str) -> Workload:
     try:
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
         rows = _rows(text)
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError as error:
+        raise CannotPlan(f"{path} has too many lists or objects within each other") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise CannotPlan(f"{path} is not JSON: {error}") from error
     if not rows:
         raise CannotPlan(f"{path} holds no requests; a plan needs at least one")
@@ -104,15 +108,20 @@ def _job(row: Any, where: str) -> Job:
         row = {"input_tokens": row[0], "output_tokens": row[1], "arrival_s": row[2]}
     if not isinstance(row, dict):
         raise CannotPlan(f"{where}: [prompt tokens, output tokens, arrival seconds] or a trace row is needed")
-    prompt, output = (whole(row.get(key), f"{where}: {key}") for key in ("input_tokens", "output_tokens"))
+    prompt, output = (
+        whole(row.get(key), f"{where}: {key}", most=MOST_TOKENS) for key in ("input_tokens", "output_tokens")
+    )
     arrival = row.get("arrival_s", 0.0)
-    if isinstance(arrival, bool) or not isinstance(arrival, int | float) or not 0 <= arrival < math.inf:
-        raise CannotPlan(f"{where}: arrival_s must be seconds from 0 on, not {arrival!r}")
+    if isinstance(arrival, bool) or not isinstance(arrival, int | float) or not 0 <= arrival < MOST_SECONDS:
+        raise CannotPlan(f"{where}: arrival_s must be seconds from 0 on, not {arrival!r:.200}")
+    prefix = row.get("prefix_blocks", ())
+    if not isinstance(prefix, list | tuple) or not all(isinstance(block, int) for block in prefix):
+        raise CannotPlan(f"{where}: prefix_blocks must be a list of whole numbers")
     return Job(
         prompt=prompt,
         output=output,
         arrival_s=float(arrival),
-        prefix=tuple(row.get("prefix_blocks", ())),
+        prefix=tuple(prefix),
         session=str(row.get("session_id", "")),
         client=str(row.get("client", "")),
         slo_class=str(row.get("slo_class", "")),
@@ -277,3 +286,18 @@ def synthetic(lengths: Lengths, arrivals: Arrivals, n: int, seed: int, name: str
 def resampled(workload: Workload, rate: float, n: int, seed: int) -> Workload:
     """A longer or shorter workload with the lengths of this one and Poisson arrivals."""
     return synthetic(Resampled(workload.lengths()), poisson(rate), n, seed, workload.name)
+
+
+def named(name: str, requests: int, seed: int) -> Workload:
+    """``sharegpt``, or ``constant:PROMPT/OUTPUT``, with Poisson arrivals at 1 a second. Raises CannotPlan."""
+    word, _, rest = name.partition(":")
+    if word == "sharegpt" and not rest:
+        return synthetic(SHAREGPT, poisson(1.0), requests, seed, name)
+    prompt, _, output = rest.partition("/")
+    if word == "constant" and prompt.isdigit() and output.isdigit() and int(prompt) and int(output):
+        lengths = Constant(int(prompt), int(output))
+        return synthetic(lengths, poisson(1.0), requests, seed, name)
+    known = ("sharegpt", "constant:512/64")
+    raise CannotPlan(
+        f"unknown workload {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give --trace FILE)"
+    )

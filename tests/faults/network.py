@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from distserve.core import events as ev
 from distserve.core.effects import Party
 from distserve.core.types import GatewayRef, InstanceRef
+from tests.faults.coverage import Coverage
 from tests.faults.heap import Heap
 from tests.faults.plan import Plan, Rates
 from tests.faults.process import Process
@@ -49,6 +50,7 @@ class Stream:
     acceptor: Process
     lives: tuple[int, int]
     stands: bool = True
+    since: float = 0.0
     last: dict[str, float] = field(default_factory=dict)  # receiver → when its latest message comes
 
 
@@ -58,18 +60,18 @@ class Network:
     Gateways dial instances, the source of a move its destination, and all dial the controller.
     """
 
-    def __init__(self, plan: Plan, heap: Heap, rng: random.Random) -> None:
+    def __init__(self, plan: Plan, heap: Heap, coverage: Coverage) -> None:
         self.plan = plan
         self.heap = heap
-        self.rng = rng
+        self.coverage = coverage
+        self._luck: dict[tuple[str, str], random.Random] = {}  # of each link, so that none hangs on another's traffic
+        self._sent = 0
+        self._newest: dict[str, int] = {}  # receiver → the latest sent of what has come
         self.processes: dict[str, Process] = {}
         self.dialed: dict[tuple[str, str], Stream] = {}  # (dialer, acceptor), as the dialer sees it
         self.accepted: dict[tuple[str, str], Stream] = {}  # (dialer, acceptor), as the acceptor sees it
         self.dialing: dict[tuple[str, str], list[ev.Event]] = {}  # what waits for the stream to come up
         self.blocked: dict[tuple[str, str], float] = {}  # (from, to) → when the partition heals
-        self.in_flight = 0
-        self.dropped = 0
-        self.repeated = 0
 
     @property
     def rates(self) -> Rates:
@@ -114,33 +116,47 @@ class Network:
             self.dial(sender, receiver, life, [event])
 
     def _transmit(self, stream: Stream, sender: Process, receiver: Process, event: ev.Event) -> None:
-        rng, rates = self.rng, self.rates
+        rng, rates, faults = self.luck(sender.name, receiver.name), self.rates, self.coverage.faults
         drop = rates.drop_abandon if isinstance(event, ev.Abandon | ev.Abandoned) else 0.0
         drop = max(drop, rates.drop) if isinstance(event, DROPPABLE) else 0.0
-        if not stream.stands or rng.random() < drop:
-            self.dropped += 1
+        if not stream.stands:
+            faults["message lost with its stream"] += 1
             return
+        if rng.random() < drop:
+            faults["message lost alone"] += 1
+            return
+        self._sent += 1
         due = max(self.due(sender.name, receiver.name), stream.last.get(receiver.name, 0.0))
         stream.last[receiver.name] = due
-        self.in_flight += 1
-        self.heap.at(due, self._arrive, stream, receiver, event)
+        self.heap.at(due, self._arrive, stream, receiver, event, self._sent)
         if rng.random() < rates.duplicate:
-            self.repeated += 1
-            self.in_flight += 1
+            faults["message repeated"] += 1
             later = 0.0 if isinstance(event, REPEATED_AT_ONCE) else rng.choice([0.0, rng.uniform(0, 3)])
-            self.heap.at(due + later, self._arrive, stream, receiver, event)
+            self.heap.at(due + later, self._arrive, stream, receiver, event, self._sent)
 
     def due(self, source: str, target: str) -> float:
-        rng = self.rng
+        rng = self.luck(source, target)
         delay = self.plan.hop_s * rng.uniform(0.5, 2)
         if rng.random() < self.rates.slow:
+            self.coverage.faults["message held up"] += 1
             delay += rng.choice([0.05, 0.5, 2.5]) * rng.random()
         return max(self.heap.now, self.blocked.get((source, target), 0.0)) + delay
 
-    def _arrive(self, stream: Stream, receiver: Process, event: ev.Event) -> None:
-        self.in_flight -= 1
-        if stream.stands:
-            receiver.deliver(event)
+    def luck(self, source: str, target: str) -> random.Random:
+        """The numbers of one link."""
+        if (luck := self._luck.get((source, target))) is None:
+            luck = self._luck[source, target] = self.plan.stream_of("link", source, target)
+        return luck
+
+    def _arrive(self, stream: Stream, receiver: Process, event: ev.Event, number: int) -> None:
+        if not stream.stands:
+            self.coverage.faults["message lost with its stream"] += 1
+            return
+        if number < self._newest.get(receiver.name, 0):
+            self.coverage.faults["message overtaken on another link"] += 1
+        else:
+            self._newest[receiver.name] = number
+        receiver.deliver(event)
 
     # ── streams come and go ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -150,7 +166,7 @@ class Network:
         if key in self.dialing or (key in self.dialed and self.dialed[key].dialer is dialer):
             return
         self.dialing[key] = waiting if waiting is not None else []
-        self.heap.after(self.rng.uniform(0.001, 0.05), self._dialed, dialer, dialer.incarnation, acceptor, life)
+        self.heap.after(self.luck(*key).uniform(0.001, 0.05), self._dialed, dialer, dialer.incarnation, acceptor, life)
 
     def _dialed(self, dialer: Process, dialer_life: int, acceptor: Process, life: int | None) -> None:
         if not dialer.alive or dialer.incarnation != dialer_life:
@@ -160,7 +176,7 @@ class Network:
         if not acceptor.alive or self._cut(*key) or life not in (None, acceptor.incarnation):
             dialer.dial_failed(acceptor, life)
             return
-        stream = Stream(dialer, acceptor, (dialer.incarnation, acceptor.incarnation))
+        stream = Stream(dialer, acceptor, (dialer.incarnation, acceptor.incarnation), since=self.heap.now)
         self.dialed[key] = stream
         if key in self.accepted:  # the acceptor had not noticed the old one break
             self._notice_accepted(key, self.accepted[key])
@@ -175,9 +191,10 @@ class Network:
         if not stream.stands:
             return
         stream.stands = False
+        self.coverage.faults["stream broken"] += 1
         key = (stream.dialer.name, stream.acceptor.name)
-        self.heap.after(self.rng.uniform(*NOTICE_S), self._notice_dialed, key, stream)
-        self.heap.after(self.rng.uniform(*NOTICE_S), self._notice_accepted, key, stream)
+        self.heap.after(self.luck(*key).uniform(*NOTICE_S), self._notice_dialed, key, stream)
+        self.heap.after(self.luck(*key).uniform(*NOTICE_S), self._notice_accepted, key, stream)
 
     def _notice_dialed(self, key: tuple[str, str], stream: Stream) -> None:
         if self.dialed.get(key) is stream:
@@ -216,12 +233,17 @@ class Network:
 
     def partition(self, target: str, other: str, until: float, *, one_way: bool) -> None:
         """Nothing passes between ``target`` and ``other`` (or anybody) until a time."""
+        self.coverage.faults["partition, one way" if one_way else "partition, both ways"] += 1
+        self.heap.at(until, self._heal)
         for name in [other] if other else [n for n in self.processes if n != target]:
             self.blocked[target, name] = until
             if not one_way:
                 self.blocked[name, target] = until
             for stream in self.streams_of(target, name):
-                self.heap.after(self.rng.uniform(*KEEPALIVE_S), self._keepalive, stream)
+                self.heap.after(self.luck(target, name).uniform(*KEEPALIVE_S), self._keepalive, stream)
+
+    def _heal(self) -> None:
+        self.coverage.faults["partition healed"] += 1
 
     def _keepalive(self, stream: Stream) -> None:
         if self._cut(stream.dialer.name, stream.acceptor.name):

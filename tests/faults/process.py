@@ -7,13 +7,13 @@ dies on command. Knows nothing of what the machine decides.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from distserve.core.effects import Effect
 from distserve.core.events import Event, Tick
+from tests.faults.coverage import Coverage
 from tests.faults.heap import Heap
-from tests.faults.truth import Violation
+from tests.faults.properties import Property, Violation
 
 
 class Machine(Protocol):
@@ -26,7 +26,16 @@ class Machine(Protocol):
     def check(self) -> None: ...
 
 
-Watch = Callable[["Process", Event, list[Effect]], None]
+class Watch(Protocol):
+    """Who looks on: at every event with its effects before these are performed, at a raise, and now and then."""
+
+    coverage: Coverage
+
+    def saw(self, process: Process, event: Event, effects: list[Effect]) -> None: ...
+
+    def raised(self, process: Process, event: Event, error: Exception) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 class Process:
@@ -42,9 +51,10 @@ class Process:
         self.machine: Machine
         self.inbox: deque[Event] = deque()
         self._offset = offset
-        self._watch = watch
+        self.watch = watch
         self.frozen_until = 0.0
-        self._stalled_until = 0.0
+        self.stalled_until = 0.0
+        self.cut_after: int | None = None  # dies after this many effects of a step that has more
         self._ticks_at: float | None = None
         self._tick_missed = False
 
@@ -59,7 +69,8 @@ class Process:
         self.incarnation += 1
         self.alive = True
         self.inbox.clear()
-        self.frozen_until = self._stalled_until = 0.0
+        self.frozen_until = self.stalled_until = 0.0
+        self.cut_after = None
         self._ticks_at, self._tick_missed = None, False
         self.machine = self.new_machine()
 
@@ -68,7 +79,7 @@ class Process:
 
     def stall(self, until: float, *, freeze: bool = False) -> None:
         """No event is handled until a time; frozen, its heartbeats stop as well."""
-        self._stalled_until = max(self._stalled_until, until)
+        self.stalled_until = max(self.stalled_until, until)
         if freeze:
             self.frozen_until = max(self.frozen_until, until)
         self.heap.at(until, self._pump, self.incarnation)
@@ -82,29 +93,50 @@ class Process:
 
     def ready(self) -> bool:
         """Whether the machine may be given an event now."""
-        return self.alive and self.heap.now >= self._stalled_until
+        return self.alive and self.heap.now >= self.stalled_until
 
     def _pump(self, life: int) -> None:
         while self.inbox and self.incarnation == life and self.ready():
-            self.handle(self.inbox.popleft())
+            if self._tick_missed and self.ticks_before(self.inbox[0]):
+                self._tick_now()
+            else:
+                self.handle(self.inbox.popleft())
         if self._tick_missed and self.incarnation == life and self.ready():
-            self._tick_missed = False
-            self._tick_if_due()
+            self._tick_now()
+
+    def _tick_now(self) -> None:
+        self._tick_missed = False
+        self._tick_if_due()
+
+    def ticks_before(self, event: Event) -> bool:
+        """Whether a tick that was missed comes before this event of the inbox. All others come first."""
+        return False
 
     def handle(self, event: Event) -> None:
-        effects = self.machine.handle(event, self.clock)
-        self._watch(self, event, effects)
-        for effect in effects:
+        try:
+            effects = self.machine.handle(event, self.clock)
+        except Exception as error:
+            self.watch.raised(self, event, error)
+            raise
+        self.watch.saw(self, event, effects)
+        for number, effect in enumerate(effects):
+            if self.cut_after is not None and number >= self.cut_after:
+                self.cut()
+                return
             self.perform(effect)
         self.handled(event)
         self._set_tick(after_tick=isinstance(event, Tick))
+
+    def cut(self) -> None:
+        """Die between two effects of one step."""
+        raise Violation(Property.STEP, f"{self.name} cannot be cut")
 
     def _set_tick(self, *, after_tick: bool) -> None:
         due = self.machine.next_deadline()
         if due is None:
             return
         if after_tick and due <= self.clock:
-            raise Violation(f"{self.name}: a tick at {self.clock} left a deadline at {due}: the shell would spin")
+            raise Violation(Property.SPIN, f"{self.name}: a tick at {self.clock} left a deadline at {due}")
         at = due - self._offset
         if self._ticks_at is None or at < self._ticks_at:
             self._ticks_at = at
@@ -130,10 +162,10 @@ class Process:
     # ── what a shell fills in ────────────────────────────────────────────────────────────────────────────────────────
 
     def new_machine(self) -> Machine:
-        raise Violation(f"{self.name} has no machine")
+        raise Violation(Property.CRASH, f"{self.name} has no machine")
 
     def perform(self, effect: Effect) -> None:
-        raise Violation(f"{self.name} cannot perform {effect}")
+        raise Violation(Property.CRASH, f"{self.name} cannot perform {effect}")
 
     def handled(self, event: Event) -> None:
         """After the effects of an event are performed: what the shell itself does about it."""

@@ -5,6 +5,7 @@ They do what the live shells must do and nothing more: connect, join, report, re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from distserve.core import events as ev
@@ -30,7 +31,8 @@ from tests.faults.heap import Heap
 from tests.faults.network import Network
 from tests.faults.plan import Plan
 from tests.faults.process import Process, Watch
-from tests.faults.truth import IN_STEP, Pool, Truth, Violation
+from tests.faults.properties import Property, Violation
+from tests.faults.truth import IN_STEP, Pool, Truth
 
 REDIAL_S = 0.5
 
@@ -51,9 +53,19 @@ class Shell(Process):
     """What all three share: a place in the network, and redialing."""
 
     def __init__(self, name: str, plan: Plan, heap: Heap, network: Network, watch: Watch) -> None:
-        super().__init__(name, heap, plan.offsets[name], watch)
+        super().__init__(name, heap, plan.offset(name), watch)
         self.plan = plan
         self.network = network
+        self.kill: Callable[[Shell], None] = lambda _: None  # how the world ends this life
+
+    def start(self) -> None:
+        super().start()
+        if self.incarnation > 1:
+            self.watch.coverage.faults["restart as a new incarnation"] += 1
+
+    def cut(self) -> None:
+        self.watch.coverage.faults["crash between two effects"] += 1
+        self.kill(self)
 
     def redial(self, acceptor: Process) -> None:
         self.heap.after(REDIAL_S, self._redial, self.incarnation, acceptor)
@@ -170,30 +182,33 @@ class InstanceShell(Shell):
         self.movers: Movers
         self.pool: Pool
         self.tickets: dict[str, tuple[Ticket, tuple[int, ...]]] = {}
+        self.granted: dict[str, tuple[int, ...]] = {}  # of all tickets of this life, closed ones too
         self.aborted: set[str] = set()
         self.steps_run = 0
-        self.tokens_computed = 0
+        self.member: Member
+        self._node = next(n for n in plan.instances if n.name == name)
+        self._luck = plan.stream_of("steps", name)
         self._running: StepPlan | None = None
 
-    @property
-    def member(self) -> Member:
+    def new_machine(self) -> InstanceState:
         ref = InstanceRef(self.name, self.incarnation)
         endpoint = Endpoint(ref, f"{self.name}:1", f"{self.name}:2")
-        return Member(endpoint, self.plan.roles[self.name], self.plan.specs[self.name])
-
-    def new_machine(self) -> InstanceState:
+        self.member = Member(endpoint, self._node.role, self._node.spec)
         return InstanceState(self.member, self.plan.instance_config, seed=self.incarnation)
 
     def start(self) -> None:
         super().start()
-        spec = self.plan.specs[self.name]
-        self.pool = Pool(spec.pool_blocks, spec.block_size)
-        self.tickets, self.aborted, self._running = {}, set(), None
+        self.pool = Pool(self._node.spec.pool_blocks, self._node.spec.block_size)
+        self.tickets, self.granted, self.aborted, self._running = {}, {}, set(), None
         self.network.dial(self, self.network.processes["c"], None)
         self._report(self.incarnation)
 
     def ready(self) -> bool:
         return super().ready() and not (self.plan.inline_steps and self._running is not None)
+
+    def ticks_before(self, event: ev.Event) -> bool:
+        """As live: what came while a step ran, then the tick, then the step's outcome."""
+        return isinstance(event, ev.StepDone | ev.StepFailed)
 
     # ── the network ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,9 +220,10 @@ class InstanceShell(Shell):
     def handled(self, event: ev.Event) -> None:
         if isinstance(event, ev.JoinAsked):
             self._join()
-        opened = sorted(m.id for m in self.machine.arrivals.moves.values() if m.phase is InPhase.OPEN)
-        if sorted(self.tickets) != opened:
-            raise Violation(f"{self.name}: tickets of {sorted(self.tickets)} are open, the machine knows {opened}")
+        opened = {m.id for m in self.machine.arrivals.moves.values() if m.phase is InPhase.OPEN}
+        if self.tickets.keys() != opened:
+            have = f"tickets of {sorted(self.tickets)} are open, the machine knows {sorted(opened)}"
+            raise Violation(Property.WRITES, f"{self.name}: {have}")
 
     def _join(self) -> None:
         self.network.send(self, CONTROLLER, ev.Joined(self.member, self.machine.load()))
@@ -231,10 +247,14 @@ class InstanceShell(Shell):
         else:
             self.deliver(ev.PeerLost(InstanceRef(other.name, life), "stream broke"))
 
+    def beats(self) -> bool:
+        """Whether the heartbeat thread runs now: a stalled step loop does not stop it."""
+        return self.heap.now >= self.frozen_until
+
     def _report(self, life: int) -> None:
         """Heartbeats have a thread of their own: they go on while the step loop stalls."""
         if self.alive and self.incarnation == life:
-            if self.heap.now >= self.frozen_until:
+            if self.beats():
                 self.network.send(self, CONTROLLER, ev.Reported(self.member.ref, self.machine.load()))
             self.heap.after(self.plan.cluster_config.lease_s / 4, self._report, life)
 
@@ -248,43 +268,53 @@ class InstanceShell(Shell):
                 self._begin_step(plan)
             case OpenTicket(ticket, blocks):
                 if ticket.move_id in self.tickets:
-                    raise Violation(f"{self.name}: ticket of {ticket.move_id} opened twice")
+                    raise Violation(Property.WRITES, f"{self.name}: ticket of {ticket.move_id} opened twice")
                 self.tickets[ticket.move_id] = (ticket, blocks)
+                self.granted[ticket.move_id] = blocks
             case CloseTicket(move_id):
                 if self.tickets.pop(move_id, None) is None:
-                    raise Violation(f"{self.name}: no ticket of {move_id} to close")
+                    raise Violation(Property.WRITES, f"{self.name}: no ticket of {move_id} to close")
             case SendStage():
                 if effect.ticket.move_id in self.aborted:
-                    raise Violation(f"{self.name}: a stage of {effect.ticket.move_id} after its abort")
+                    raise Violation(Property.WRITES, f"{self.name}: a stage of {effect.ticket.move_id} after its abort")
                 self.movers.send(self, effect)
             case AbortSend(move_id):
                 self.aborted.add(move_id)
             case _:
                 super().perform(effect)
 
+    def admits(self, ticket: Ticket) -> bool:
+        """Whether this very ticket is open."""
+        opened = self.tickets.get(ticket.move_id)
+        return opened is not None and opened[0] == ticket
+
+    def granted_blocks(self, ticket: Ticket) -> tuple[int, ...]:
+        """The table that was opened for a ticket."""
+        return self.granted[ticket.move_id]
+
     def may_write(self, owner: str, blocks: tuple[int, ...], start: int, end: int) -> None:
         """Raises unless the ledger lets ``owner`` write positions ``[start, end)`` of this very table."""
         ledger = self.machine.residents.ledger
         if not ledger.holds(owner) or ledger.table(owner)[: len(blocks)] != blocks:
-            raise Violation(f"{self.name}: {owner} writes into blocks {blocks} that it does not hold")
+            raise Violation(Property.WRITES, f"{self.name}: {owner} writes into blocks {blocks} that it does not hold")
         if ledger.writable_from(owner) > start or len(blocks) * ledger.block_size < end:
-            raise Violation(f"{self.name}: {owner} writes [{start}, {end}) into shared or missing blocks")
+            what = f"{owner} writes [{start}, {end}) into shared or missing blocks"
+            raise Violation(Property.WRITES, f"{self.name}: {what}")
 
     # ── the engine ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin_step(self, plan: StepPlan) -> None:
         if self._running is not None:
-            raise Violation(f"{self.name}: step {plan.number} while step {self._running.number} runs")
+            raise Violation(Property.STEP, f"{self.name}: step {plan.number} while step {self._running.number} runs")
         if not plan.items or len({i.request_id for i in plan.items}) != len(plan.items):
-            raise Violation(f"{self.name}: step {plan.number} is empty or names a sequence twice")
+            raise Violation(Property.STEP, f"{self.name}: step {plan.number} is empty or names a sequence twice")
         self._running = plan
         for item in plan.items:
             self._check_item(item)
             self.may_write(f"s:{item.request_id}", item.blocks, item.start, item.start + len(item.token_ids))
         for item in plan.items:
             self.pool.write(item.blocks, item.start, [IN_STEP] * len(item.token_ids))
-        rng = self.network.rng
-        duration = self.plan.step_s * rng.uniform(0.5, 1.5) + plan.tokens * 1e-5
+        duration = self.plan.step_s * self._luck.uniform(0.5, 1.5) + plan.tokens * 1e-5
         self.heap.after(duration, self._end_step, self.incarnation, plan)
 
     def _check_item(self, item: StepItem) -> None:
@@ -293,13 +323,13 @@ class InstanceShell(Shell):
         end = item.start + len(item.token_ids)
         what = f"{self.name} computes [{item.start}, {end}) of {item.request_id}"
         if not item.token_ids or item.token_ids != truth.tokens(item.start, end):
-            raise Violation(f"{what}: not its tokens")
+            raise Violation(Property.STEP, f"{what}: not its tokens")
         if item.sample and item.output_index != end - truth.prompt_len:
-            raise Violation(f"{what}: samples index {item.output_index} after {end - truth.prompt_len}")
+            raise Violation(Property.STEP, f"{what}: samples index {item.output_index} after {end - truth.prompt_len}")
         if item.sample and item.output_index >= len(truth.output):
-            raise Violation(f"{what}: samples past its end")
+            raise Violation(Property.STEP, f"{what}: samples past its end")
         if item.sample and truth.output[item.output_index] in item.banned:
-            raise Violation(f"{what}: index {item.output_index} may be a stop token, yet it is banned")
+            raise Violation(Property.STEP, f"{what}: index {item.output_index} may be a stop token, yet it is banned")
         self.pool.must_hold(what, item.blocks, 0, item.start, truth.chain)
 
     def _still_held(self, what: str, item: StepItem) -> None:
@@ -309,14 +339,15 @@ class InstanceShell(Shell):
         written = item.blocks[item.start // size : -(-(item.start + len(item.token_ids)) // size)]
         names = (f"s:{item.request_id}", f":{item.request_id}")
         if not any(set(written) <= set(ledger.table(o)) for o in ledger.owners() if o.endswith(names)):
-            raise Violation(f"{what}: its blocks {written} were given away while it ran")
+            raise Violation(Property.STEP, f"{what}: its blocks {written} were given away while it ran")
 
     def _end_step(self, life: int, plan: StepPlan) -> None:
         if not self.alive or self.incarnation != life:
             return
         self._running = None
         self.steps_run += 1
-        failed = self.network.rng.random() < self.network.rates.step_fails
+        failed = self._luck.random() < self.network.rates.step_fails
+        self.watch.coverage.faults["step failed"] += failed
         tokens = []
         for item in plan.items:
             truth = self.truths[item.request_id]
@@ -324,12 +355,11 @@ class InstanceShell(Shell):
             what = f"{self.name} ends step {plan.number} with [{item.start}, {end}) of {item.request_id}"
             self.pool.must_hold(what, item.blocks, 0, item.start, truth.chain)
             if self.pool.read(item.blocks, item.start, end) != [IN_STEP] * len(item.token_ids):
-                raise Violation(f"{what}: somebody else wrote into its blocks")
+                raise Violation(Property.STEP, f"{what}: somebody else wrote into its blocks")
             self._still_held(what, item)
             if not failed:
                 self.pool.write(item.blocks, item.start, truth.chain[item.start : end])
             if item.sample:
                 tokens.append((item.request_id, Token(truth.output[item.output_index])))
-        self.tokens_computed += plan.tokens
         done = ev.StepFailed(plan.number, "out of memory") if failed else ev.StepDone(plan.number, tuple(tokens), 0.0)
         self.deliver(done)  # behind what came while it ran: ahead of it, one step after another would starve the rest

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distserve.core.types import Request
+from tests.faults.properties import Property, Violation
 
 EOS = 2
 EMPTY = 0  # a slot whose bytes mean nothing
@@ -21,10 +22,6 @@ _MASK = (1 << 62) - 1
 def extend_chain(before: int, token: int) -> int:
     """The content of the KV position of ``token`` after a position that holds ``before``."""
     return (hash((before, token)) & _MASK) | 1
-
-
-class Violation(AssertionError):
-    """A property of the cluster does not hold."""
 
 
 @dataclass(frozen=True)
@@ -86,4 +83,5 @@ class Pool:
             position = next(start + i for i in range(end - start) if held[i] != chain[start + i])
             content = {EMPTY: "nothing", IN_STEP: "what a step has not finished writing"}
             found = content.get(held[position - start], "other KV")
-            raise Violation(f"{what}: position {position} (block {table[position // self.block_size]}) holds {found}")
+            block = table[position // self.block_size]
+            raise Violation(Property.KV, f"{what}: position {position} (block {block}) holds {found}")

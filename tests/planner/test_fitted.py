@@ -86,4 +86,4 @@ def test_every_profile_has_a_policy() -> None:
         "distserve:a100-80g": "distserve",
         "vllm:a100-80g": "vllm-2023",
     }
-    assert default_policy("mine.json") == "chunked"
+    assert default_policy("mine.json") == "serve"

@@ -132,6 +132,16 @@ def test_silence_past_the_lease_is_death_and_everybody_hears_of_it() -> None:
     assert ([m.ref.id for m in changed.members], changed.lost) == (["d"], (InstanceRef("p", 1),))
 
 
+def test_a_controller_that_did_not_run_blames_nobody_for_silence() -> None:
+    state = cluster(member("p", Role.PREFILL), member("d", Role.DECODE), lease_s=10.0)
+    assert state.handle(Tick(), 60.0) == []  # stopped for 50 s: what was said meanwhile is still to be read
+    state.handle(Reported(InstanceRef("d", 1), FREE), 60.1)
+    assert state.next_deadline() == 65.0, "half a lease to be heard in"
+    (changed,) = {e.event for e in state.handle(Tick(), 65.0)}  # type: ignore[union-attr]
+    assert isinstance(changed, MembersChanged)
+    assert changed.lost == (InstanceRef("p", 1),)
+
+
 def test_a_life_taken_for_dead_is_asked_to_join_again_and_is_no_longer_lost() -> None:
     state = cluster(member("p", Role.PREFILL), lease_s=10.0)
     state.handle(Tick(), 10.0)

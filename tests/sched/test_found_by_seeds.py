@@ -188,3 +188,13 @@ def test_nothing_is_sent_before_it_is_computed() -> None:
             sent = stage.end
     assert sent == computed == 30
     assert math.isfinite(state.next_deadline() or math.inf)
+
+
+def test_what_was_submitted_is_remembered_for_its_time_and_no_longer() -> None:
+    """Nothing else happens afterwards: a timer of its own forgets it."""
+    state = instance(M)
+    run_to_idle(state, state.handle(submit(request(), M), 0.0))
+    due = state.next_deadline()
+    assert due == state.config.tombstone_s
+    assert state.handle(Tick(), due) == []
+    assert state.next_deadline() is None

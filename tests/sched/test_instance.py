@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from distserve.core.effects import AbortSend, CloseTicket, OpenTicket, RunStep, SendStage
+from distserve.core.effects import AbortSend, CloseTicket, Effect, OpenTicket, RunStep, SendStage
 from distserve.core.events import (
     Abandon,
     Abandoned,
     AttemptFailed,
     CommitAsked,
     Committed,
+    Draining,
     GatewayLost,
     MembersChanged,
     MoveEnded,
@@ -175,9 +176,12 @@ def test_the_deadline_ends_what_waits_and_what_runs(make: Make) -> None:
     state = make(M, max_sequences=1)
     state.handle(submit(request("a"), M), 0.0)
     state.handle(submit(request("b"), M), 0.0)
-    due = state.next_deadline()
-    assert due is not None
-    effects = state.handle(Tick(), due)
+    effects: list[Effect] = []
+    while state.residents.sequences:  # earlier ones are for what is merely remembered
+        due = state.next_deadline()
+        assert due is not None
+        effects += state.handle(Tick(), due)
+    assert due == 102.0  # the gateway's deadline acts first
     assert [e.event.code for e in effects if "AttemptFailed" in kinds([e])] == [Code.DEADLINE_EXCEEDED] * 2  # type: ignore[union-attr]
 
 
@@ -329,6 +333,20 @@ def opened(state: InstanceState, req_tokens: int = 20, at: float = 0.0) -> Ticke
     ticket = find(effects, ReserveGranted).ticket
     assert find(effects, OpenTicket).ticket == ticket
     return ticket
+
+
+def test_one_that_is_to_end_grants_no_move_and_finishes_those_it_granted(make: Make) -> None:
+    state = make(D, max_sequences=1)
+    ticket = opened(state)
+    assert kinds(state.handle(reserve(request("w"), P, D, move="waiting"), 0.1)) == []
+    (told,) = state.handle(Draining(), 0.2)
+    ended = find([told], MoveEnded)
+    assert (ended.move_id, ended.retriable) == ("waiting", False)
+    assert "is shutting down" in ended.reason
+    refused = find(state.handle(reserve(request("n"), P, D, move="new"), 0.3), MoveEnded)
+    assert (refused.move_id, refused.retriable) == ("new", False)
+    again = state.handle(reserve(request(prompt=20), P, D), 0.4)  # a repeat of the one that has its ticket
+    assert find(again, ReserveGranted).ticket == ticket
 
 
 def commit(ticket: Ticket, **changes: object) -> CommitAsked:

@@ -12,9 +12,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from distserve.controller.options import ControllerOptions
@@ -26,7 +27,7 @@ from distserve.gateway.shell import GatewayShell
 from distserve.sched.config import ClusterConfig, GatewayConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_S = 60.0
+READY_S = 120.0
 MODEL = "tiny"
 
 
@@ -78,8 +79,8 @@ class Part:
                 os.close(fd)
 
 
-def start(kind: str, **settings: Any) -> Part:
-    """Start one process of a cluster."""
+def start(kind: str, environ: Mapping[str, str] = MappingProxyType({}), **settings: Any) -> Part:
+    """Start one process of a cluster. ``environ`` is beside what all have."""
     ready_read, ready_write = os.pipe()
     parent_read, parent_write = os.pipe()
     settings |= {"ready_fd": ready_write, "parent_fd": parent_read}
@@ -87,6 +88,7 @@ def start(kind: str, **settings: Any) -> Part:
         "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "planner")),
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
+        **environ,
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.shells.part", kind, json.dumps(settings)],
@@ -109,6 +111,7 @@ class Cluster:
     parts: dict[str, Part]
     journals: Path | None
     settings: dict[str, Any]
+    by_role: Mapping[Role, dict[str, Any]]
 
     @property
     def shell(self) -> GatewayShell:
@@ -125,7 +128,7 @@ class Cluster:
             controller=self.controller,
             role=role.value,
             journal=journal,
-            **self.settings,
+            **self.settings | self.by_role.get(role, {}),
         )
         return part
 
@@ -147,7 +150,12 @@ class Cluster:
 
 @contextlib.asynccontextmanager
 async def cluster(
-    model: Path, *roles: Role, journals: Path | None = None, lease_s: float = 3.0, **settings: Any
+    model: Path,
+    *roles: Role,
+    journals: Path | None = None,
+    lease_s: float = 3.0,
+    by_role: Mapping[Role, dict[str, Any]] = MappingProxyType({}),
+    **settings: Any,
 ) -> AsyncIterator[Cluster]:
     """A gateway, a controller, and one instance for each role; ready when the block begins."""
     settings = {"kv_tokens": 8192, "transfer": "shm", "grace_s": 5.0, "log_level": "warning"} | settings
@@ -165,7 +173,7 @@ async def cluster(
     parts: dict[str, Part] = {}
     try:
         async with gateway(options, control) as running:
-            held = Cluster(running, running.controller_address, model, parts, journals, settings)
+            held = Cluster(running, running.controller_address, model, parts, journals, settings, by_role)
             for number, role in enumerate(roles):
                 held.start(f"{role.value}-{number}", role)
             await held.ready()

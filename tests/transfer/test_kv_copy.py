@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distserve.transfer.layout import Layout, cut
+from distserve.transfer.layout import Layout, cut, pieces
 from distserve_kernels.kv_copy import PagedBytes, runs, shared_spans
 from tests.transfer.peers import copy_tokens, make_pool
 
@@ -33,21 +33,34 @@ def test_shared_spans_tile_the_range_and_cross_no_boundary(start: int, length: i
 
 
 @given(st.integers(1, 200), st.integers(1, 200), SIZES, st.integers(1, 5), st.integers(1, 3), st.integers(1, 20_000))
-def test_pieces_cover_each_byte_of_the_payload_once(
+def test_slices_cover_each_byte_of_the_payload_once(
     start: int, length: int, size: int, layers: int, heads: int, piece_bytes: int
 ) -> None:
     layout = Layout(layers, heads, 4, "float32", size)
-    slot_bytes = layout.slot_bytes(piece_bytes)
-    assert slot_bytes <= max(piece_bytes, layout.row_bytes)
+    slice_bytes = layout.slot_bytes(piece_bytes)
+    assert slice_bytes <= max(piece_bytes, layout.row_bytes)
     seen: list[tuple[int, int]] = []
-    for span in cut(layout, start, start + length, slot_bytes):
+    for span in cut(layout, start, start + length, slice_bytes):
         rows = span.rows or (0, layout.rows)
         seen += [(block, row) for block in range(span.low, span.high) for row in range(*rows)]
-        assert span.nbytes == (span.high - span.low) * (rows[1] - rows[0]) * layout.row_bytes <= slot_bytes
+        assert span.nbytes == (span.high - span.low) * (rows[1] - rows[0]) * layout.row_bytes <= slice_bytes
         assert span.first_token == span.low * size
         assert span.start == max(start, span.first_token) and span.end == min(start + length, span.high * size)
     blocks = range(start // size, -(-(start + length) // size))
     assert seen == [(block, row) for block in blocks for row in range(layout.rows)]
+
+
+@given(st.integers(1, 200), st.integers(1, 200), SIZES, st.integers(1, 20_000), st.integers(1, 9))
+def test_pieces_hold_whole_slices_in_order_and_fit_a_slot(
+    start: int, length: int, size: int, slice_bytes: int, slices_a_slot: int
+) -> None:
+    layout = Layout(3, 2, 4, "float32", size)
+    slice_bytes = layout.slot_bytes(slice_bytes)
+    slices = list(cut(layout, start, start + length, slice_bytes))
+    grouped = list(pieces(slices, slice_bytes * slices_a_slot))
+    assert [each for piece in grouped for each in piece] == slices
+    assert all(0 < sum(each.nbytes for each in piece) <= slice_bytes * slices_a_slot for piece in grouped)
+    assert all(len(piece) <= 2**at for at, piece in enumerate(grouped))
 
 
 @settings(deadline=None, max_examples=150)

@@ -2,132 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 
-from distserve.core.types import InstanceRef, Ticket
+from distserve.core.types import InstanceRef
 from distserve.transfer import (
-    FaultInjector,
     Mover,
     StageCorrupt,
     StageFailed,
     StageSent,
-    StageStored,
     TransferConfig,
     handshake,
 )
+from distserve.transfer.channel import Channel
 from distserve.transfer.errors import LaneFailed
+from distserve.transfer.pledge import keep, sign
 from distserve.transfer.shm import Segment, host_identity
 from distserve.v1 import transfer_pb2 as pb
-from tests.transfer.peers import WAIT_S, Local, copy_tokens, make_pool, make_ticket, shuffled
-
-A, B = InstanceRef("a", 1), InstanceRef("b", 7)
-BLOCKS = 60
-TOTAL = 300
-KINDS = ["shm", "gloo"]
-
-
-class Faults(FaultInjector):
-    """Does what a test puts into it, at the pieces it names."""
-
-    def __init__(self) -> None:
-        self.at: dict[int, Callable[[], None]] = {}
-        self.flip: set[int] = set()
-        self.shorten: set[int] = set()
-
-    def pause(self, index: int) -> tuple[threading.Event, threading.Event]:
-        """Hold the source before piece ``index``: (it is there, it may go on)."""
-        reached, go_on = threading.Event(), threading.Event()
-
-        def wait() -> None:
-            reached.set()
-            go_on.wait(WAIT_S)
-
-        self.at[index] = wait
-        return reached, go_on
-
-    def on_piece(self, ticket: Ticket, index: int) -> None:
-        self.at.get(index, lambda: None)()
-
-    def on_staged(self, ticket: Ticket, index: int, staged: Any) -> None:
-        if index in self.flip:
-            staged[len(staged) // 2] ^= 4
-
-    def piece_bytes(self, ticket: Ticket, index: int, nbytes: int) -> int:
-        return nbytes - 8 if index in self.shorten else nbytes
-
-
-class Pair:
-    """Source and destination, a ticket between them, and what the destination's pool must hold in the end."""
-
-    def __init__(self, kind: str = "shm", here: int = 16, there: int = 16, have: int = 0, **config: Any) -> None:
-        self.faults = Faults()
-        settings = replace(
-            TransferConfig(shm_piece_bytes=13_000, group_piece_bytes=13_000, faults=self.faults), **config
-        )
-        self.source = Local(A, make_pool(1, BLOCKS, here), kind, settings)
-        self.target = Local(B, make_pool(2, BLOCKS, there), kind, replace(settings, faults=FaultInjector()))
-        self.here = shuffled(3, TOTAL, BLOCKS, here)
-        self.there = shuffled(4, TOTAL, BLOCKS, there)
-        self.ticket = make_ticket(1, A, B, TOTAL, have)
-        self.expected = self.target.pool.clone()
-
-    def open(self) -> None:
-        self.target.mover.open_ticket(self.ticket, self.there)
-
-    def send(self, start: int, end: int, final: bool = False, ticket: Ticket | None = None) -> None:
-        address = self.target.mover.address
-        self.source.mover.send_stage(ticket or self.ticket, address, start, end, self.here, final)
-
-    def stored(self, start: int, end: int, final: bool = False) -> None:
-        """Send a stage that must arrive."""
-        self.send(start, end, final)
-        event = self.source.event()
-        assert isinstance(event, StageSent), event
-        assert (event.start, event.end) == (start, end)
-        there = self.target.event()
-        assert there == StageStored(self.ticket.move_id, self.ticket.nonce, start, end, event.nbytes)
-        copy_tokens(self.source.pool, self.here, self.expected, self.there, start, end)
-        self.unchanged()
-
-    def fails(self, reason: str, start: int, end: int, ticket: Ticket | None = None) -> StageFailed:
-        """Send a stage that must not arrive, and see that not one byte of the pool changes."""
-        self.send(start, end, ticket=ticket)
-        event = self.source.event()
-        assert isinstance(event, StageFailed), event
-        assert (event.reason, event.start, event.end) == (reason, start, end), event
-        self.unchanged()
-        return event
-
-    def unchanged(self) -> None:
-        assert torch.equal(self.target.pool.view(torch.uint8), self.expected.view(torch.uint8))
-
-    def close(self) -> None:
-        self.source.close()
-        self.target.close()
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., Pair]]:
-    """Makes pairs; afterwards they are closed and no thread of theirs may be left."""
-    pairs: list[Pair] = []
-
-    def build(*args: Any, **kwargs: Any) -> Pair:
-        pairs.append(Pair(*args, **kwargs))
-        return pairs[-1]
-
-    yield build
-    for pair in pairs:
-        pair.close()
-    assert [t.name for t in threading.enumerate() if t.name.startswith("kv-")] == []
+from tests.transfer.pairs import BLOCKS, KINDS, TOTAL, A, B, Pair
+from tests.transfer.peers import WAIT_S, Local, copy_tokens, make_pool, make_ticket
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,6 +62,7 @@ def test_auto_uses_a_group_between_two_hosts(make: Callable[..., Pair], monkeypa
     pair.stored(0, TOTAL)
     assert pair.target.mover.counts()["links_in_gloo"] == 1
     forced = make("shm")
+    forced.open()
     assert "run on one host" in forced.fails("refused", 0, TOTAL).detail
 
 
@@ -178,6 +82,7 @@ def test_auto_falls_back_when_memory_cannot_be_mapped(
     pair.stored(0, TOTAL)
     assert pair.target.mover.counts()["links_in_gloo"] == 1
     forced = make("shm")
+    forced.open()
     assert "cannot be opened from here" in forced.fails("refused", 0, TOTAL).detail
 
 
@@ -255,9 +160,14 @@ def test_a_truncated_piece_is_refused(make: Callable[..., Pair], kind: str) -> N
 def test_a_forged_ticket_writes_nothing(make: Callable[..., Pair], forged: dict[str, Any]) -> None:
     pair = make()
     pair.open()
-    assert not pair.fails("ticket", 0, 64, ticket=replace(pair.ticket, **forged)).retriable
-    assert pair.target.mover.counts()["stages_refused_ticket"] == 1
-    pair.stored(0, TOTAL)
+    stranger = replace(pair.ticket, **forged)
+    failed = pair.fails("ticket", 0, 64, ticket=stranger)
+    assert not failed.retriable
+    assert re.search("no open ticket for move|does not know the ticket", failed.detail)  # there is no link for it
+    pair.stored(0, 64)
+    assert not pair.fails("ticket", 64, TOTAL, ticket=stranger).retriable
+    assert pair.target.mover.counts()["stages_refused_ticket"] == 1  # and none on a link that stands
+    pair.stored(64, TOTAL)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 64), (32, 96), (65, 96), (64, TOTAL + 1), (4, 5)])
@@ -463,18 +373,21 @@ def test_an_address_that_leads_nowhere(make: Callable[..., Pair], address: str) 
     assert isinstance(event, StageFailed) and event.reason == "peer" and address in event.detail
 
 
-def frame(message: pb.TransferFrame) -> bytes:
-    data = message.SerializeToString()
-    return struct.pack("<I", len(data)) + data
+def frame(message: pb.TransferFrame | None = None, data: bytes = b"") -> bytes:
+    """A message, or any bytes, as a frame on the socket."""
+    data = message.SerializeToString() if message else data
+    return struct.pack("<IIQ", len(data), len(data) ^ 0xFFFFFFFF, xxhash.xxh3_64_intdigest(data)) + data
 
 
 GARBAGE = {
     "random": bytes(range(256)) * 20,
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "a huge length": b"\xff\xff\xff\xff",
-    "no frame": struct.pack("<I", 9) + b"\xff" * 9,
-    "an empty frame": struct.pack("<I", 0),
-    "half a frame": struct.pack("<I", 100) + b"x",
+    "a huge length": struct.pack("<IIQ", 0xFFFFFFFF, 0, 0),
+    "a length that is not its complement's": struct.pack("<IIQ", 9, 9, 0) + b"\xff" * 9,
+    "no message": frame(data=b"\xff" * 9),
+    "an empty frame": frame(data=b""),
+    "half a frame": frame(data=b"x" * 100)[:20],
+    "a wrong checksum": struct.pack("<IIQ", 1, 0xFFFFFFFE, 7) + b"x",
     "a piece first": frame(pb.TransferFrame(piece=pb.TransferPiece(nbytes=1 << 40))),
     "an empty hello": frame(pb.TransferFrame(hello=pb.TransferHello())),
 }
@@ -505,8 +418,8 @@ def test_garbage_on_an_open_link_ends_the_link_only(make: Callable[..., Pair]) -
     pair.open()
     host, port = pair.target.mover.address.split(":")
     hello = pb.TransferHello(
-        version=1,
-        source=pb.TransferPeer(id="z", incarnation=1),
+        version=handshake.VERSION,
+        source=pb.TransferPeer(id="a", incarnation=1),
         destination=pb.TransferPeer(id="b", incarnation=7),
         fingerprint="model",
         layout=pb.TransferLayout(layers=3, kv_heads=2, head_dim=8, dtype="float32", block_size=16),
@@ -521,11 +434,14 @@ def test_garbage_on_an_open_link_ends_the_link_only(make: Callable[..., Pair]) -
         pb.TransferFrame(),
     ):
         with socket.create_connection((host, int(port)), timeout=WAIT_S) as stranger:
-            stranger.sendall(frame(pb.TransferFrame(hello=hello)))
-            assert stranger.recv(1 << 16)
-            stranger.sendall(frame(pb.TransferFrame(answer=pb.TransferAnswer(ok=True))))
-            assert stranger.recv(1 << 16)
-            stranger.sendall(frame(last))
+            channel = Channel(stranger, WAIT_S)
+            sign(hello, pair.ticket, ())
+            channel.send(pb.TransferFrame(hello=hello))
+            keep(channel, hello, pair.ticket, (), time.monotonic() + WAIT_S)
+            assert channel.receive(WAIT_S).HasField("offer")
+            channel.send(pb.TransferFrame(answer=pb.TransferAnswer(ok=True)))
+            assert channel.receive(WAIT_S).HasField("ready")
+            channel.send(last)
             stranger.shutdown(socket.SHUT_WR)
             drain(stranger)
     pair.stored(0, TOTAL)

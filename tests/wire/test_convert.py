@@ -35,6 +35,7 @@ LOCAL = {
     "InstanceLeft",
     "GatewayAttached",
     "GatewayLost",
+    "Draining",
     "PeerLost",
     "StageSent",
     "StageFailed",

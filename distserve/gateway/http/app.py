@@ -18,6 +18,7 @@ from starlette.responses import Response
 from distserve import __version__
 from distserve.core.types import Code
 from distserve.gateway.ask import Ask
+from distserve.gateway.auth import Caller
 from distserve.gateway.backend import RequestFailed
 from distserve.gateway.faults import BAD_FAULT
 from distserve.gateway.fields import Fields
@@ -28,8 +29,6 @@ from distserve.gateway.http.shape import Json, Shape
 from distserve.gateway.plan import invalid
 from distserve.wire.status import TABLE, Problem
 
-MAX_BODY_BYTES = 16 << 20
-
 Metrics = Callable[[], Awaitable[tuple[bytes, str]]]
 """Gives the metrics page: its bytes and content type."""
 
@@ -38,10 +37,13 @@ Reader = Callable[[Fields, str, str], tuple[Ask, View]]
 
 @dataclass(frozen=True, slots=True)
 class HttpConfig:
-    """What the HTTP application accepts. ``started_at`` (Unix seconds) is told as the models' creation time."""
+    """What the HTTP application accepts. ``started_at`` (Unix seconds) is told as the models' creation time;
+    ``open_metrics``: show /metrics to whoever has no key, too.
+    """
 
-    max_body_bytes: int = MAX_BODY_BYTES
+    max_body_bytes: int = 16 << 20
     started_at: int = 0
+    open_metrics: bool = False
 
 
 class _BodyTooLarge(RequestFailed):
@@ -89,7 +91,8 @@ class _Routes:
         fields = await self._body(request)
         ask, view = read(fields, _request_id(request), request.headers.get("traceparent", ""))
         plan = await self._front_end.plan(ask)
-        return AnswerResponse(self._front_end, plan, Shape(plan, view), view.stream, view.include_usage)
+        shape, caller = Shape(plan, view), request.state.caller
+        return AnswerResponse(self._front_end, plan, shape, view.stream, view.include_usage, caller)
 
     async def tokenize(self, request: Request) -> Response:
         fields = await self._body(request)
@@ -140,7 +143,10 @@ class _Routes:
     async def version(self) -> Response:
         return JsonResponse({"version": __version__})
 
-    async def metrics(self) -> Response:
+    async def metrics(self, request: Request) -> Response:
+        """With keys it wants one, as Prometheus can send (``authorization`` of a scrape), unless it was opened."""
+        if not self._config.open_metrics:
+            self._authorize(request)
         assert self._metrics is not None, "the route exists only with metrics"
         content, kind = await self._metrics()
         return Response(content, headers={"Content-Type": kind})
@@ -160,12 +166,13 @@ class _Routes:
         self._front_end.refused("http", Code.INTERNAL)
         return error_response(Problem(Code.INTERNAL, BAD_FAULT, request_id=_request_id(request)))
 
-    def _authorize(self, request: Request) -> None:
-        self._front_end.keys.check(request.headers.get("authorization", ""))
+    def _authorize(self, request: Request) -> Caller:
+        address = request.client.host if request.client is not None else ""
+        return self._front_end.keys.check(request.headers.get("authorization", ""), address)
 
     async def _body(self, request: Request) -> Fields:
         """The body as a JSON object, whatever its declared type: forgotten headers are the commonest mistake."""
-        self._authorize(request)
+        request.state.caller = self._authorize(request)
         content = await self._read(request)
         try:
             values: Any = orjson.loads(content)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distserve.gateway.ask import Ask, Chat, Prompt
-from distserve.gateway.fields import Fields, generation_fields, refuse, whole_numbers
+from distserve.gateway.fields import Fields, generation_fields, refuse, shown, whole_numbers
 from distserve.gateway.plan import invalid
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -128,8 +128,8 @@ def _content(where: str, content: Any) -> str:
     texts = []
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise invalid(where, f"{where} has a part of type '{kind}', but only text parts are supported.")
+            kind = shown(part.get("type")) if isinstance(part, dict) else type(part).__name__
+            raise invalid(where, f"{where} has a part of type {kind}, but only text parts are supported.")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -173,7 +173,8 @@ def _streaming(fields: Fields) -> tuple[bool, bool]:
 def _refuse_common(fields: Fields) -> None:
     form = fields.object("response_format")
     if form is not None and form.get("type") not in (None, "text"):
-        raise invalid("response_format", f"response_format '{form['type']}' is not supported; only 'text' is.")
+        kind = shown(form.get("type"))
+        raise invalid("response_format", f"response_format {kind} is not supported; only 'text' is.")
     modalities = fields.get("modalities")
     if modalities and modalities != ["text"]:
         raise invalid("modalities", "Only the modality 'text' is supported.")

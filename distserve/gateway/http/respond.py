@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from distserve.core.effects import Account
 from distserve.core.types import Code
 from distserve.gateway.answer import Answer, AnswerEvent
+from distserve.gateway.auth import Caller
 from distserve.gateway.backend import RequestFailed
 from distserve.gateway.faults import BAD_FAULT
 from distserve.gateway.frontend import FrontEnd
@@ -56,8 +57,17 @@ def problem_of(failure: RequestFailed, request_id: str = "") -> Problem:
 class AnswerResponse(Response):
     """Opens the answer to a plan and sends it. Cancels the request when the client disconnects, streaming or not."""
 
-    def __init__(self, front_end: FrontEnd, plan: Plan, shape: Shape, stream: bool, include_usage: bool) -> None:
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        plan: Plan,
+        shape: Shape,
+        stream: bool,
+        include_usage: bool,
+        caller: Caller | None = None,
+    ) -> None:
         super().__init__()
+        self._caller = caller
         self._front_end = front_end
         self._plan = plan
         self._shape = shape
@@ -70,7 +80,7 @@ class AnswerResponse(Response):
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The whole answer, or the stream's beginning, or an error with a status of its own."""
         try:
-            answer = await self._front_end.open(self._plan)
+            answer = await self._front_end.open(self._plan, self._caller)
             try:
                 if self._stream:
                     return await self._send_stream(answer, send)

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from distserve.gateway.http.protocol import bounded
+from distserve.gateway.limits import Limits
 from distserve.gateway.ports import listen
-
-KEEP_ALIVE_S = 75
+from distserve.wire.tls import Certificates
 
 
 class HttpServer:
@@ -35,21 +36,29 @@ class HttpServer:
         await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
 
 
-async def serve_http(app: ASGIApp, host: str, port: int) -> HttpServer:
-    """Listen and serve; port 0 picks a free one. Returns once connections are taken. Raises ``PortUnavailable``."""
+async def serve_http(
+    app: ASGIApp, host: str, port: int, limits: Limits | None = None, certificates: Certificates | None = None
+) -> HttpServer:
+    """Listen and serve; port 0 picks a free one. Returns once connections are taken. Raises ``PortUnavailable``.
+
+    With ``certificates`` it speaks TLS, each connection with the certificate of its own time.
+    """
+    limits = limits or Limits()
     sock = listen("HTTP", host, port)
     bound: int = sock.getsockname()[1]
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=bounded(limits),  # type: ignore[arg-type]  # it wants a class, and calls it
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         date_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]  # as good as a whole number
     )
+    config.load()
+    config.ssl = certificates.server_context() if certificates is not None else None
     server = _Server(config)
     serving = asyncio.create_task(server.serve([sock]), name="http server")
     ready = asyncio.create_task(server.ready.wait())

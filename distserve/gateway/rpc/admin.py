@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import AsyncIterator
 
 from distserve.core.types import Code, Role
 from distserve.gateway.backend import InstanceView, KvReport, RequestFailed
@@ -18,6 +19,8 @@ _ROLES = {
     Role.MIXED: core_pb2.ROLE_MIXED,
 }
 
+WATCH_LIMIT_S = 7 * 86400.0
+
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """Serves one gateway's backend to operators."""
@@ -27,12 +30,12 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._backend = front_end.backend
 
     async def ListInstances(self, request: pb.ListInstancesRequest, context: Context) -> pb.ListInstancesResponse:
-        async with Call(context, self._front_end):
+        async with Call(context, self._front_end, admin=True):
             instances = [_instance(view) for view in await self._backend.instances()]
             return pb.ListInstancesResponse(instances=instances, ready=self._backend.ready())
 
     async def GetRequest(self, request: pb.GetRequestRequest, context: Context) -> pb.GetRequestResponse:
-        async with Call(context, self._front_end):
+        async with Call(context, self._front_end, admin=True):
             view = await self._backend.where(_named(request.request_id))
             if view is None:
                 raise RequestFailed(
@@ -52,12 +55,22 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             )
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
-        async with Call(context, self._front_end):
+        async with Call(context, self._front_end, admin=True):
             return pb.CancelResponse(cancelled=await self._backend.cancel(_named(request.request_id)))
 
     async def KvCheck(self, request: pb.ClusterKvCheckRequest, context: Context) -> pb.ClusterKvCheckResponse:
-        async with Call(context, self._front_end):
+        async with Call(context, self._front_end, admin=True):
             return pb.ClusterKvCheckResponse(instances=[_kv(report) for report in await self._backend.kv_check()])
+
+    async def WatchTraffic(
+        self, request: pb.WatchTrafficRequest, context: Context
+    ) -> AsyncIterator[pb.WatchTrafficResponse]:
+        async with Call(context, self._front_end, admin=True):
+            if not 0 < request.duration_s <= WATCH_LIMIT_S:
+                raise invalid("duration_s", f"A watch lasts more than 0 and at most {WATCH_LIMIT_S:.0f} seconds.")
+            with self._front_end.traffic.watch(request.duration_s) as watch:
+                async for record in watch:
+                    yield pb.WatchTrafficResponse(**dataclasses.asdict(record))
 
 
 def _named(request_id: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from distserve.core.types import Code
+from distserve.gateway.auth import Caller, require_admin
 from distserve.gateway.backend import RequestFailed
 from distserve.gateway.faults import BAD_FAULT
 from distserve.gateway.frontend import FrontEnd
@@ -31,7 +32,9 @@ class Call:
     gone, deadline passed) stays cancelled.
     """
 
-    def __init__(self, context: Context, front_end: FrontEnd, kind: str = "grpc") -> None:
+    def __init__(self, context: Context, front_end: FrontEnd, kind: str = "grpc", *, admin: bool = False) -> None:
+        self.caller = Caller()
+        self._admin = admin
         self._context = context
         self._front_end = front_end
         self._kind = kind
@@ -40,7 +43,10 @@ class Call:
 
     async def __aenter__(self) -> Call:
         try:
-            self._front_end.keys.check(self._metadata.get("authorization", ""))
+            address = peer_address(self._context.peer())
+            self.caller = self._front_end.keys.check(self._metadata.get("authorization", ""), address)
+            if self._admin:
+                require_admin(self.caller)
         except RequestFailed as failure:
             await self._abort(failure)
         return self
@@ -60,7 +66,10 @@ class Call:
         """End the call with this status; raises, always."""
         self._front_end.refused(self._kind, failure.code)
         problem = Problem(failure.code, failure.message, failure.retry_after_s, failure.param, self.request_id)
-        await self._context.abort_with_status(grpc_status(problem))  # type: ignore[attr-defined]  # stubs lack it
+        try:
+            await self._context.abort_with_status(grpc_status(problem))  # type: ignore[attr-defined]  # stubs lack it
+        except grpc.aio.InternalError:  # the call ended meanwhile (deadline, client gone): nobody is left to be told
+            raise asyncio.CancelledError("the call has ended") from None  # what gRPC takes for an end without a word
 
     @property
     def trace(self) -> str:
@@ -75,3 +84,8 @@ class Call:
         """Tell the client its request's name, ahead of the first message."""
         self.request_id = request_id
         await self._context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+
+
+def peer_address(peer: str) -> str:
+    """gRPC's "ipv4:127.0.0.1:4711" or "ipv6:%5B::1%5D:4711" without its port."""
+    return peer.partition(":")[2].rpartition(":")[0].replace("%5B", "").replace("%5D", "")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from distserve.core.types import Code
 from distserve.gateway.rpc.calls import Context
+from distserve.wire.status import Problem, grpc_status
 
 LIVENESS = "liveness"
 READINESS = "readiness"
@@ -30,7 +31,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
         status = self._status(request.service)
         if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"There is no service '{request.service}' here.")
+            problem = Problem(Code.NOT_FOUND, f"There is no service '{request.service}' here.")
+            await context.abort_with_status(grpc_status(problem))  # type: ignore[attr-defined]  # stubs lack it
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:

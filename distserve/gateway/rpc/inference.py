@@ -48,7 +48,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Streams the answer. A cancelled call closes it, which cancels the request everywhere."""
         async with Call(context, self._front_end) as call:
             plan = await self._front_end.plan(_ask(request, call))
-            answer = await self._front_end.open(plan)
+            answer = await self._front_end.open(plan, call.caller)
             try:
                 await call.name(plan.request_id)
                 await context.write(pb.GenerateResponse(accepted=_accepted(plan)))

@@ -7,6 +7,7 @@ also be request parameters. There is no streaming in the standard; ``InferenceSe
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from distserve.oip.v2 import grpc_service_pb2_grpc
 
 VERSION = "1"
 OUTPUTS = ("text_output", "finish_reason")
+MAX_DIMENSIONS = 8  # of a tensor; text needs one, or two with a batch of one
 _Metadata = pb.ModelMetadataResponse.TensorMetadata
 _Tensor = pb.ModelInferResponse.InferOutputTensor
 
@@ -65,7 +67,7 @@ class OipServicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         async with Call(context, self._front_end, "oip") as call:
             plan = await self._front_end.plan(_ask(request, call))
-            answer = await self._front_end.open(plan)
+            answer = await self._front_end.open(plan, call.caller)
             try:
                 await call.name(plan.request_id)
                 texts, ends = await _collect(answer)
@@ -127,25 +129,30 @@ def _inputs(request: pb.ModelInferRequest) -> dict[str, tuple[str, ...]]:
         raise invalid(
             "raw_input_contents", f"There are {len(request.inputs)} inputs, but {len(raw)} raw contents; send one each."
         )
-    tensors = {}
+    tensors: dict[str, tuple[str, ...]] = {}
     for position, tensor in enumerate(request.inputs):
         if tensor.datatype != "BYTES":
             raise invalid(tensor.name, f"The input '{tensor.name}' is {tensor.datatype}, but must be BYTES.")
         elements = _unpacked(tensor.name, raw[position]) if raw else list(tensor.contents.bytes_contents)
-        size = 1
-        for dimension in tensor.shape:
-            size *= dimension
-        if size != len(elements):
+        if len(tensor.shape) > MAX_DIMENSIONS:
+            count = len(tensor.shape)
+            raise invalid(tensor.name, f"The input '{tensor.name}' has {count} dimensions; send at most two.")
+        if math.prod(tensor.shape) != len(elements):
             shape = list(tensor.shape)
             raise invalid(tensor.name, f"The input '{tensor.name}' has shape {shape} but {len(elements)} elements.")
+        if tensor.name in tensors:
+            raise invalid(tensor.name, f"The input '{tensor.name}' is there twice; send it once.")
         tensors[tensor.name] = tuple(_decoded(tensor.name, element) for element in elements)
     return tensors
 
 
 def _check_outputs(request: pb.ModelInferRequest) -> None:
-    unknown = next((output.name for output in request.outputs if output.name not in OUTPUTS), None)
+    names = [output.name for output in request.outputs]
+    unknown = next((name for name in names if name not in OUTPUTS), None)
     if unknown is not None:
         raise invalid(unknown, f"There is no output tensor '{unknown}'; there are text_output and finish_reason.")
+    if len(names) > len(set(names)):
+        raise invalid("outputs", "An output tensor is asked for twice; ask for each once.")
 
 
 def _unpacked(name: str, raw: bytes) -> list[bytes]:

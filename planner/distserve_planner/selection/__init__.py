@@ -2,6 +2,6 @@
 
 from distserve_planner.selection.problem import Effort, Problem
 from distserve_planner.selection.run import SearchResult, search
-from distserve_planner.selection.trials import FromFit, FromTables, LatencySource
+from distserve_planner.selection.trials import FromFit, FromProfile, FromTables, LatencySource
 
-__all__ = ["Effort", "FromFit", "FromTables", "LatencySource", "Problem", "SearchResult", "search"]
+__all__ = ["Effort", "FromFit", "FromProfile", "FromTables", "LatencySource", "Problem", "SearchResult", "search"]

@@ -15,14 +15,16 @@ import numpy as np
 from distserve_planner.cluster import Cluster
 from distserve_planner.models import ModelFacts
 from distserve_planner.placement import Flow, Path, Placement, Segment, path_between, path_bytes_s, place
+from distserve_planner.plan import TargetsOfClass
 from distserve_planner.refusal import CannotPlan
 from distserve_planner.selection.candidates import Shape, Unit, node_segments
 from distserve_planner.selection.explore import Entry
-from distserve_planner.selection.problem import Problem
+from distserve_planner.selection.problem import Problem, steady, trials_of
 from distserve_planner.selection.rates import Goodput, Outcome, Point, goodput
 from distserve_planner.selection.trials import LINK_LATENCY_S, SimulatedTrials
 from distserve_planner.simulation.deployment import Deployment
 from distserve_planner.simulation.result import SimulationResult
+from distserve_planner.slo import planned_classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,20 @@ def spread(result: SimulationResult) -> Mapping[str, float]:
     }
 
 
+def met_by(result: SimulationResult, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """[n] whether each request of the fleet kept its TTFT limit, and its TPOT limit."""
+    return trials_of(problem, len(result.trails)).judged(result)
+
+
 def outcome_of(result: SimulationResult, problem: Problem) -> Point:
-    """Attainment of the fleet at the planned rate."""
-    met = Outcome(np.asarray(result.ttft_s() < problem.slo.ttft_s), np.asarray(result.tpot_s() < problem.slo.tpot_s))
-    return Point.of(problem.rate, met)
+    """Attainment of the fleet at the planned rate, all classes together."""
+    return Point.of(problem.rate, Outcome(*met_by(result, problem)))
+
+
+def classes_met(result: SimulationResult, problem: Problem) -> tuple[TargetsOfClass, ...]:
+    """The named classes of the question and how the fleet serves them."""
+    if problem.classes is None:
+        return ()
+    ttft, tpot = met_by(result, problem)
+    kinds = problem.classes.kinds(steady(problem.workload, len(result.trails), problem.effort.seed).jobs)
+    return planned_classes(problem.classes, ttft & tpot, kinds)

@@ -7,12 +7,15 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from distserve_planner.cluster import Cluster
 from distserve_planner.memory import DEFAULT_RULE, MemoryRule
 from distserve_planner.models import ModelFacts
 from distserve_planner.refusal import CannotPlan, nearest
 from distserve_planner.selection.trials import LatencySource, SimulatedTrials
 from distserve_planner.simulation.result import Slo
+from distserve_planner.slo import SloClasses
 from distserve_planner.workload import Resampled, Workload, poisson, synthetic
 
 ALGORITHMS = ("auto", "high", "low")
@@ -52,6 +55,7 @@ class Problem:
     mixed_policies: tuple[str, ...] = ("chunked",)
     effort: Effort = Effort()
     rule: MemoryRule = DEFAULT_RULE
+    classes: SloClasses | None = None  # several; ``slo`` is then their loosest
 
     def check(self) -> None:
         """Raises CannotPlan for words that are not known."""
@@ -66,7 +70,7 @@ class Problem:
         """Equal questions have equal digests: what a resumed search goes by."""
         jobs = repr([(job.prompt, job.output, job.arrival_s) for job in self.workload.jobs])
         latencies = (self.latency, self.mixed_latency)
-        words = repr((self.model, self.cluster, self.slo, latencies, self.policy, self.effort, self.rule))
+        words = repr((self.model, self.cluster, self.slo, latencies, self.policy, self.effort, self.rule, self.classes))
         return hashlib.sha256((words + jobs).encode()).hexdigest()[:16]
 
 
@@ -79,6 +83,7 @@ def trials_of(problem: Problem, requests: int) -> SimulatedTrials:
         problem.slo,
         problem.policy,
         problem.mixed_latency,
+        problem.classes,
     )
 
 
@@ -86,7 +91,12 @@ def steady(workload: Workload, requests: int, seed: int) -> Workload:
     """``requests`` jobs like these: the trace itself when it is long enough, else its lengths with Poisson arrivals."""
     if len(workload.jobs) >= requests and workload.span_s > 0:
         return replace(workload, jobs=tuple(sorted(workload.jobs, key=lambda j: j.arrival_s)[:requests]))
-    return synthetic(Resampled(workload.lengths()), poisson(1.0), requests, seed, workload.name)
+    drawn = synthetic(Resampled(workload.lengths()), poisson(1.0), requests, seed, workload.name)
+    if not any(job.slo_class for job in workload.jobs):
+        return drawn
+    source = np.random.default_rng([seed, 1]).integers(0, len(workload.jobs), requests)  # as ``Resampled`` draws
+    named = (replace(job, slo_class=workload.jobs[i].slo_class) for job, i in zip(drawn.jobs, source, strict=True))
+    return replace(drawn, jobs=tuple(named))
 
 
 def shortened(problem: Problem) -> tuple[Problem, str]:

@@ -25,15 +25,24 @@ _WARM_UP = 0.1  # share of the requests that only fill the system
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one trial showed: for each request in order of arrival, whether it met the TTFT and the TPOT limit."""
+    """What one trial showed: for each request in order of arrival, whether it met the TTFT and the TPOT limit.
+
+    ``kinds``: the class of each request, with the share that each class must attain in ``targets``; none: one class.
+    """
 
     ttft_met: NDArray[np.bool_]
     tpot_met: NDArray[np.bool_]
+    kinds: NDArray[np.int64] | None = None
+    targets: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Attainment at one rate with its standard error (batch means over the arrivals after a warm-up)."""
+    """Attainment at one rate with its standard error (batch means over the arrivals after a warm-up).
+
+    With several classes ``attainment`` is of the class that is furthest below its own target, counted from the least
+    target of all: it reaches that one when every class reaches its own.
+    """
 
     rate: float
     attainment: float
@@ -45,11 +54,20 @@ class Point:
     def of(rate: float, outcome: Outcome) -> Point:
         start = int(len(outcome.ttft_met) * _WARM_UP)
         ttft, tpot = outcome.ttft_met[start:], outcome.tpot_met[start:]
-        met = ttft & tpot
+        met, shift = _binding(ttft & tpot, outcome, start)
         batches = min(_BATCHES, max(2, len(met) // 10))
         means = [float(part.mean()) for part in np.array_split(met, batches) if len(part)]
         error = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.5
-        return Point(rate, float(met.mean()), error, float(ttft.mean()), float(tpot.mean()))
+        return Point(rate, float(met.mean()) + shift, error, float(ttft.mean()), float(tpot.mean()))
+
+
+def _binding(met: NDArray[np.bool_], outcome: Outcome, start: int) -> tuple[NDArray[np.bool_], float]:
+    """The requests of the class that misses its target most, and what its attainment is to be moved by."""
+    if outcome.kinds is None:
+        return met, 0.0
+    kinds, least = outcome.kinds[start:], min(outcome.targets)
+    parts = [(met[kinds == i], least - target) for i, target in enumerate(outcome.targets)]
+    return min((part for part in parts if len(part[0])), key=lambda part: float(part[0].mean()) + part[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from distserve_planner.cluster import Cluster, Pod
 from distserve_planner.latency.base import LatencyModel, OutOfRange
 from distserve_planner.latency.fitted import FittedModel
 from distserve_planner.latency.operators import OperatorLatency, engine_named
+from distserve_planner.latency.profile import read_profile
+from distserve_planner.latency.profiled import ProfiledModel
 from distserve_planner.memory import DEFAULT_RULE, MemoryRule
 from distserve_planner.models import ModelFacts
 from distserve_planner.selection.bounds import Requests, decode_work, prefill_work, rate_by_work, rate_md1, share_within
@@ -26,6 +28,7 @@ from distserve_planner.selection.rates import Outcome
 from distserve_planner.simulation.deployment import Deployment, InstanceSpec, instance, on_ports, policy
 from distserve_planner.simulation.result import SimulationResult, Slo
 from distserve_planner.simulation.run import simulate
+from distserve_planner.slo import SloClasses
 from distserve_planner.workload import Workload
 
 _LINK_SHARE = 0.9
@@ -69,6 +72,16 @@ class FromFit:
 
 
 @dataclass(frozen=True, slots=True)
+class FromProfile:
+    """This machine's own measurements (``latency.profiled``), every instance beside busy ones."""
+
+    path: str
+
+    def of(self, shape: Shape) -> LatencyModel:
+        return ProfiledModel(read_profile(self.path), shape.tp, shape.pp)
+
+
+@dataclass(frozen=True, slots=True)
 class InstantPrefill:
     """A ``LatencyModel`` that prefills in no time into endless memory: the feeder of a decode-only trial."""
 
@@ -101,6 +114,8 @@ class SimulatedTrials:
     slo: Slo
     policy: str = "chunked"
     mixed_latency: LatencySource | None = None
+    classes: SloClasses | None = None
+    _of_class: np.ndarray | None = None
     _models: dict[tuple[Shape, bool], LatencyModel] = field(default_factory=dict)
     _bounds: dict[Unit, float] = field(default_factory=dict)
     _requests: Requests | None = None
@@ -121,10 +136,29 @@ class SimulatedTrials:
     def trial(self, unit: Unit, rate: float) -> Outcome:
         """Simulates ``unit`` at ``rate`` requests a second."""
         result = simulate(self.deployment(unit), self._asked(unit).at_rate(rate))
-        ttft, tpot = result.ttft_s() < self.slo.ttft_s, result.tpot_s() < self.slo.tpot_s
+        ttft, tpot = self.judged(result)
         if unit.prefill is None and unit.mixed is None:
             ttft = np.ones_like(ttft)
-        return Outcome(ttft, tpot)
+        return self.outcome(ttft, tpot)
+
+    def judged(self, result: SimulationResult) -> tuple[np.ndarray, np.ndarray]:
+        """[n] whether each request kept its TTFT limit, and its TPOT limit."""
+        if self.classes is None:
+            return result.ttft_s() < self.slo.ttft_s, result.tpot_s() < self.slo.tpot_s
+        ttft, tpot = self.classes.limits(self._kinds())
+        return result.ttft_s() < ttft, result.tpot_s() < tpot
+
+    def outcome(self, ttft: np.ndarray, tpot: np.ndarray) -> Outcome:
+        """With the classes, if there are several."""
+        if self.classes is None:
+            return Outcome(ttft, tpot)
+        return Outcome(ttft, tpot, self._kinds(), tuple(c.slo.attainment for c in self.classes.classes))
+
+    def _kinds(self) -> np.ndarray:
+        assert self.classes is not None
+        if self._of_class is None:
+            self._of_class = self.classes.kinds(self.workload.jobs)
+        return self._of_class
 
     def result(self, unit: Unit, rate: float, deployment: Deployment | None = None) -> SimulationResult:
         """The whole simulation at ``rate``, on given links if a deployment is given."""
@@ -143,7 +177,12 @@ class SimulatedTrials:
         if unit.mixed is None and unit.prefill is None:
             specs = self._fed(unit)
             return on_ports(specs, _NO_LIMIT)
-        return on_ports(self.specs(unit), self.kv_bytes_s(unit), LINK_LATENCY_S)
+        specs = self.specs(unit)
+        model = specs[0].model
+        if isinstance(model, ProfiledModel):
+            link = model.profile.link
+            return on_ports(specs, link.bytes_s, link.latency_s + model.profile.live.handoff_s)
+        return on_ports(specs, self.kv_bytes_s(unit), LINK_LATENCY_S)
 
     def specs(self, unit: Unit) -> list[InstanceSpec]:
         """One spec an instance: prefill ones, then decode, then mixed."""

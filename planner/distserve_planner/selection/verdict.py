@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+from distserve_planner.latency.profiled import ProfiledModel
 from distserve_planner.plan import (
     VERSION,
     Alternative,
+    Batching,
     Load,
     Plan,
     PlannedInstance,
@@ -17,8 +20,10 @@ from distserve_planner.plan import (
 )
 from distserve_planner.selection.candidates import Unit
 from distserve_planner.selection.explore import Entry
-from distserve_planner.selection.fleet import outcome_of, spread
+from distserve_planner.selection.fleet import classes_met, outcome_of, spread
 from distserve_planner.selection.run import SearchResult
+from distserve_planner.selection.trials import FromProfile
+from distserve_planner.simulation.deployment import policy
 
 _SHORT = 2000  # requests below which a goodput is a matter of the run's length
 
@@ -53,9 +58,20 @@ def plan_from(result: SearchResult, trace: str = "") -> Plan:
         alternatives=tuple(_alternatives(result)),
         notes=(*result.notes, *_cautions(result)),
         trace=trace,
+        slo_classes=classes_met(result.fleet.result, problem),
+        batching=Batching.of(policy(result.fleet.unit.policy or problem.policy)),
+        **_of_profile(result),
     )
     plan.check()
     return plan
+
+
+def _of_profile(result: SearchResult) -> dict[str, Any]:
+    """Which machine's measurements it rests on, if on any."""
+    source, model = result.problem.latency, result.problem.latency.of(result.fleet.shapes[0])
+    if not isinstance(source, FromProfile) or not isinstance(model, ProfiledModel):
+        return {}
+    return {"profile": source.path, "dtype": model.profile.dtype, "threads": model.profile.threads}
 
 
 def _instances(result: SearchResult) -> Iterator[PlannedInstance]:

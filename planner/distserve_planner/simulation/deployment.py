@@ -47,6 +47,8 @@ WHOLE = 1 << 30
 POLICIES: dict[str, InstanceConfig] = {
     # this project's own: prompts are cut into chunks, and share steps with decodes on a mixed instance
     "chunked": limits(BatchPolicy.CHUNKED, batch=2048, mixed=512, chunk=512, sequences=256, headroom=0.02),
+    # the same with the limits that `distserve serve` has by default
+    "serve": limits(BatchPolicy.CHUNKED, batch=2048, mixed=512, chunk=512, sequences=64, headroom=0.02),
     # DistServe's scripts: whole prompts, 8192 tokens a prefill batch; its engine admits a sequence when its blocks fit
     "distserve": limits(
         BatchPolicy.WHOLE_PROMPTS, batch=8192, mixed=8192, chunk=WHOLE, sequences=1024, headroom=0.0

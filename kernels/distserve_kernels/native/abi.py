@@ -1,0 +1,111 @@
+"""The structures of ``model.h`` and the functions of ``engine.cpp``, as ctypes sees them. Knows no tensors.
+
+ctypes releases the interpreter's lock for the whole of each call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
+from typing import Any
+
+FLOAT32, BFLOAT16 = 0, 1
+"""Values of ``Model.dtype`` and of ``ds_pack``'s first argument."""
+
+
+class Linear(Structure):
+    _fields_ = [("packed", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64)]
+
+
+class Layer(Structure):
+    _fields_ = [
+        ("qkv", Linear),
+        ("out", Linear),
+        ("up", Linear),
+        ("down", Linear),
+        ("norm1", c_void_p),
+        ("norm1_bias", c_void_p),
+        ("norm2", c_void_p),
+        ("norm2_bias", c_void_p),
+        ("qk_norm", c_void_p),
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        ("dtype", c_int64),
+        ("layers", c_int64),
+        ("hidden", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("intermediate", c_int64),
+        ("vocab", c_int64),
+        ("max_length", c_int64),
+        ("gated", c_int64),
+        ("eps", c_double),
+        ("scale", c_double),
+        ("embedding", c_void_p),
+        ("positions", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("final_norm", c_void_p),
+        ("final_norm_bias", c_void_p),
+        ("head", Linear),
+        ("layer", POINTER(Layer)),
+    ]
+
+
+class Pool(Structure):
+    _fields_ = [("memory", c_void_p), ("block_size", c_int64), ("blocks", c_int64)]
+
+
+class Segment(Structure):
+    _fields_ = [
+        ("first", c_int64),
+        ("length", c_int64),
+        ("start", c_int64),
+        ("table", c_int64),
+        ("blocks", c_int64),
+    ]
+
+
+class Step(Structure):
+    _fields_ = [
+        ("rows", c_int64),
+        ("segments", c_int64),
+        ("samples", c_int64),
+        ("tokens", c_void_p),
+        ("segment", c_void_p),
+        ("tables", c_void_p),
+        ("sample_rows", c_void_p),
+        ("logits", c_void_p),
+    ]
+
+
+_MIRRORED = (Model, Layer, Step, Segment, Pool)
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ds_describe": (c_char_p, []),
+    "ds_sizes": (None, [POINTER(c_int64)]),
+    "ds_packed_outputs": (c_int64, [c_int64, c_int64]),
+    "ds_pack": (None, [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
+    "ds_create": (c_void_p, [POINTER(Model), c_int64]),
+    "ds_destroy": (None, [c_void_p]),
+    "ds_run": (c_int64, [c_void_p, POINTER(Step), POINTER(Pool)]),
+}
+
+
+def bind(path: str) -> ctypes.CDLL:
+    """Open the library. Raises OSError when it cannot be loaded or is not the one that belongs to these structures."""
+    library = ctypes.CDLL(path)
+    for name, (result, arguments) in _FUNCTIONS.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError as error:
+            raise OSError(f"{path} lacks {name}") from error
+        function.restype, function.argtypes = result, arguments
+    sizes = (c_int64 * len(_MIRRORED))()
+    library.ds_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(kind) for kind in _MIRRORED]:
+        raise OSError(f"{path} was built for other structures")
+    return library

@@ -1,0 +1,120 @@
+// A team of threads that runs one function at a time, together with the thread that asks.
+//
+// Between two calls the threads sleep in the kernel: an idle team uses no processor. Inside a call they meet at
+// barriers, where a thread spins briefly (the others are nearly done) and then sleeps, so that a neighbour who needs the
+// core gets it. Of numbered pieces of work each thread takes those of its own stretch, one by one (adjacent pieces read
+// adjacent memory), and then what is left of the others': a thread that was interrupted holds back one piece, not its share.
+#pragma once
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "simd.h"
+
+namespace ds {
+
+class Team {
+   public:
+    using Work = void (*)(void* context, int thread);
+
+    explicit Team(int size) : size_(size < 1 ? 1 : size), taken_(static_cast<size_t>(size_)) {
+        for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { live(i); });
+    }
+    ~Team() {
+        ending_ = true;
+        begin();
+        for (std::thread& t : threads_) t.join();
+    }
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+
+    int size() const { return size_; }
+
+    // Run work(context, thread) on every thread of the team; returns when all are done. One caller at a time.
+    void run(Work work, void* context) {
+        work_ = work;
+        context_ = context;
+        start_over();
+        begin();
+        work(context, 0);
+        meet();
+    }
+
+    // Wait for the whole team; afterwards all pieces are untaken again. Only inside ``run``.
+    void meet() {
+        if (size_ == 1) return start_over();
+        const uint32_t round = round_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            start_over();
+            round_.store(round + 1, std::memory_order_release);
+            round_.notify_all();
+            return;
+        }
+        for (int i = 0; i < SPINS; ++i) {
+            if (round_.load(std::memory_order_acquire) != round) return;
+            pause();
+        }
+        round_.wait(round, std::memory_order_acquire);
+    }
+
+    // A piece of work 0 .. pieces - 1 that no other thread has; -1 when none is left. Every thread gives the same number
+    // of pieces until they meet.
+    long take(long pieces, int thread) {
+        for (int i = 0; i < size_; ++i) {
+            const int owner = (thread + i) % size_;
+            const long first = pieces * owner / size_, end = pieces * (owner + 1) / size_;
+            const long piece = first + taken_[owner].count.fetch_add(1, std::memory_order_relaxed);
+            if (piece < end) return piece;
+        }
+        return -1;
+    }
+
+   private:
+    static constexpr int SPINS = 2000;  // some 30 microseconds
+
+    static DS_INLINE void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+
+    struct alignas(64) Taken {
+        std::atomic<long> count{0};
+    };
+
+    void start_over() {
+        for (Taken& t : taken_) t.count.store(0, std::memory_order_relaxed);
+    }
+
+    void begin() {
+        if (size_ == 1) return;
+        call_.fetch_add(1, std::memory_order_release);
+        call_.notify_all();
+    }
+
+    void live(int thread) {
+        for (uint32_t seen = 0;;) {
+            call_.wait(seen, std::memory_order_acquire);
+            seen = call_.load(std::memory_order_acquire);
+            if (ending_) return;
+            work_(context_, thread);
+            meet();
+        }
+    }
+
+    const int size_;
+    std::vector<std::thread> threads_;
+    Work work_ = nullptr;
+    void* context_ = nullptr;
+    bool ending_ = false;
+    alignas(64) std::atomic<uint32_t> call_{0};
+    alignas(64) std::atomic<uint32_t> round_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    std::vector<Taken> taken_;
+};
+
+}  // namespace ds
