@@ -17,13 +17,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import torch
-from transformers import AutoModelForCausalLM
 
 from distserve.v1 import inference_pb2
 from distserve.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.chaos.cluster import ChaosCluster, Kept
 from tests.chaos.waiting import within
+from tests.oracle import Oracle
 from tests.tiny_models import VOCAB_SIZE
 
 LONGEST_PROMPT, LONGEST_ANSWER = 160, 100
@@ -51,19 +50,14 @@ class Known:
 
 def oracle(model: Path, count: int, seed: int) -> list[Known]:
     """Prompts of unequal lengths, some of which begin alike, and their answers."""
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    answer = Oracle(model)
     draw = random.Random(seed)
     made: list[Known] = []
     for _ in range(count):
         prompt = [draw.randrange(3, VOCAB_SIZE) for _ in range(draw.randrange(5, LONGEST_PROMPT))]
         if made and draw.random() < 0.3:
             prompt = (draw.choice(made).prompt[:64] + prompt)[:LONGEST_PROMPT]
-        ids = torch.tensor([prompt])
-        out = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST_ANSWER, min_new_tokens=LONGEST_ANSWER,
-            do_sample=False, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        made.append(Known(prompt, out[0, len(prompt) :].tolist()))
+        made.append(Known(prompt, answer(prompt, LONGEST_ANSWER)))
     return made
 
 

@@ -72,6 +72,12 @@ async def test_a_partition_holds_one_way_also_for_who_comes_later_and_loses_noth
 async def test_a_trouble_for_one_dialler_spares_the_others(proxy: Proxy) -> None:
     with proxy.trouble(Trouble(dialler="somebody else", hold=True)):
         await talk(proxy)
+        with proxy.trouble(Trouble(dialler="me", hold=True)):
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+            writer.write(b"held")
+            held = asyncio.ensure_future(answer(reader, 4))
+            assert (await asyncio.wait([held], timeout=0.3))[0] == set()
+        assert await held == b"HELD"
 
 
 async def test_a_reset_is_seen_at_both_ends(proxy: Proxy) -> None:

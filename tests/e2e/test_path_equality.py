@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from distserve.core.types import Role
 from tests.e2e.inprocess import all_free, cluster
+from tests.oracle import Oracle
 from tests.shells.cluster import answer, request
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 LAYOUTS = {"1P1D": (P, D), "2P2D": (P, P, D, D), "1P2D": (P, D, D), "2M": (M, M)}
 OUTPUT = 12
-Oracle = Callable[[list[int], int], list[int]]
 
 
 WAYS = [(layout, link) for layout in LAYOUTS for link in ("shm", "gloo") if (layout, link) != ("2M", "gloo")]
@@ -34,25 +31,7 @@ WAYS = [(layout, link) for layout in LAYOUTS for link in ("shm", "gloo") if (lay
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
     """A tiny model of a family, and what transformers makes of it."""
     directory = make_tiny(request.param, tmp_path_factory.mktemp("tiny"))
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    known: dict[tuple[int, ...], list[int]] = {}
-
-    def tokens(prompt: list[int], count: int) -> list[int]:
-        if tuple(prompt) not in known:
-            ids = torch.tensor([prompt])
-            out = reference.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            known[tuple(prompt)] = out[0, len(prompt) :].tolist()
-        return known[tuple(prompt)]
-
-    return directory, tokens
+    return directory, Oracle(directory)
 
 
 def prompts() -> list[list[int]]:

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
 
 from distserve.core.types import Role
 from distserve.models.catalog import resolve_model
 from distserve.models.errors import ModelError
 from tests.e2e.inprocess import all_free, cluster
+from tests.oracle import Oracle
 from tests.shells.cluster import answer, request
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -41,30 +41,14 @@ def model() -> Path:
         pytest.skip(str(error))
 
 
-class Oracle:
-    """What transformers makes of a prompt, in float32, greedily, to a length."""
-
-    def __init__(self, model: Path) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-    def tokens(self, prompt: list[int], count: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = self.reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return out[0, len(prompt) :].tolist()
-
-
 @pytest.fixture(scope="module")
 def oracle(model: Path) -> Oracle:
     return Oracle(model)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(model / "tokenizer.json"))
 
 
 async def compare(model: Path, prompts: list[list[int]], wanted: list[list[int]], layout: str, transfer: str) -> None:
@@ -79,13 +63,15 @@ async def compare(model: Path, prompts: list[list[int]], wanted: list[list[int]]
         await all_free(running)
 
 
-async def test_a_few_prompts_through_prefill_handoff_and_decode(model: Path, oracle: Oracle) -> None:
-    prompts = [oracle.tokenizer(q)["input_ids"] for q in QUESTIONS]
-    await compare(model, prompts, [oracle.tokens(p, 12) for p in prompts], "1P1D", "shm")
+async def test_a_few_prompts_through_prefill_handoff_and_decode(
+    model: Path, oracle: Oracle, tokenizer: Tokenizer
+) -> None:
+    prompts = [tokenizer.encode(q).ids for q in QUESTIONS]
+    await compare(model, prompts, [oracle(p, 12) for p in prompts], "1P1D", "shm")
 
 
 @pytest.fixture(scope="module")
-def matrix(oracle: Oracle) -> tuple[list[list[int]], list[list[int]]]:
+def matrix(oracle: Oracle, tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
     """Forty real prompts cut to 16–900 tokens, and 48 tokens of answer to each."""
     if not TRACE.exists():
         pytest.skip(f"no prompts at {TRACE.name}")
@@ -93,10 +79,10 @@ def matrix(oracle: Oracle) -> tuple[list[list[int]], list[list[int]]]:
         rows = [json.loads(line) for line in lines]
     texts = [(row.get("system") or "") + row["turns"][0]["user"] for row in rows[:: len(rows) // 40]][:40]
     lengths = [16 + round(i * (900 - 16) / 39) for i in range(40)]
-    ids = [oracle.tokenizer(text)["input_ids"] for text in texts]
+    ids = [tokenizer.encode(text).ids for text in texts]
     filler = [token for row in ids for token in row]
     prompts = [(row + filler)[:n] for row, n in zip(ids, lengths, strict=True)]
-    return prompts, [oracle.tokens(p, 48) for p in prompts]
+    return prompts, [oracle(p, 48) for p in prompts]
 
 
 @pytest.mark.soak

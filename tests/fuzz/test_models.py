@@ -212,6 +212,8 @@ def test_gguf_files_convert_or_are_refused(folder: Path, gguf: bytes, data: st.D
         convert_gguf(path, target)
     except ModelError as error:
         refused_by_name(error, "bent.gguf")
+        return
+    assert (target / "config.json").is_file() and list(target.glob("*.safetensors"))
 
 
 def patched(gguf: bytes, key: bytes, value: bytes, skip: int = 4) -> bytes:

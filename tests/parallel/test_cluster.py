@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from distserve.core.types import Role
+from tests.oracle import Oracle
 from tests.shells.cluster import ROOT, Cluster, answer, cluster, request, start
 from tests.tiny_models import VOCAB_SIZE, make_tiny
 
@@ -33,24 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(model: Path):
-    """prompt → the tokens transformers gives."""
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-    def tokens(prompt: list[int], count: int = OUTPUT) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return out[0, len(prompt) :].tolist()
-
-    return tokens
+def oracle(model: Path) -> Oracle:
+    return Oracle(model)
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -63,7 +46,7 @@ async def check(held: Cluster, oracle, seed: int) -> None:
     asked = prompts(seed)
     work = (answer(held.shell, request(f"s{seed}-{i}", p, OUTPUT)) for i, p in enumerate(asked))
     for prompt, (tokens, end) in zip(asked, await asyncio.gather(*work), strict=True):
-        assert tokens == oracle(prompt)
+        assert tokens == oracle(prompt, OUTPUT)
         assert end.account.timings.kv_bytes_moved > 0
     await held.clean()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from distserve.core.effects import Effect, RunStep, Send
@@ -25,6 +26,8 @@ from distserve.sched.instance import InstanceState
 GATEWAY = GatewayRef("g", 1)
 EPOCH = first_epoch(1)
 T = TypeVar("T")
+Make = Callable[..., InstanceState]
+"""The fixture ``make``: a member and settings into an instance."""
 
 
 def spec(blocks: int = 32, block_size: int = 8, fingerprint: str = "fp", max_len: int = 4096) -> ModelSpec:
@@ -97,3 +100,10 @@ def run_to_idle(state: InstanceState, effects: list[Effect], now: float = 1.0) -
         out += effects
         state.check()
     return out
+
+
+def assert_all_free(state: InstanceState) -> None:
+    ledger = state.residents.ledger
+    assert state.idle
+    assert ledger.owners() == ()
+    assert ledger.free + ledger.evictable == ledger.total

@@ -9,11 +9,10 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from distserve.core.types import FinishReason, Role
 from distserve.gateway.backend import TokensEvent
+from tests.oracle import Oracle
 from tests.shells.cluster import answer, cluster, request
 from tests.tiny_models import VOCAB_SIZE, make_tiny
 
@@ -24,24 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(model: Path):
-    """prompt, count → the tokens transformers gives."""
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-    def tokens(prompt: list[int], count: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return out[0, len(prompt) :].tolist()
-
-    return tokens
+def oracle(model: Path) -> Oracle:
+    return Oracle(model)
 
 
 def prompts(count: int, seed: int = 1) -> list[list[int]]:

@@ -21,13 +21,12 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from distserve.launch.cluster import Cluster
 from distserve.v1 import admin_pb2, inference_pb2
 from distserve.v1.admin_pb2_grpc import AdminServiceStub
 from distserve.v1.inference_pb2_grpc import InferenceServiceStub
+from tests.oracle import Oracle
 from tests.tiny_models import VOCAB_SIZE, make_tiny
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "2000"))
@@ -73,17 +72,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def known(model: Path) -> list[Known]:
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    answer = Oracle(model)
     rng = random.Random(SEED)
     made = []
     for _ in range(PROMPTS):
         prompt = [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randrange(5, LONGEST_PROMPT))]
-        ids = torch.tensor([prompt])
-        out = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST_ANSWER, min_new_tokens=LONGEST_ANSWER,
-            do_sample=False, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        made.append(Known(prompt, out[0, len(prompt) :].tolist()))
+        made.append(Known(prompt, answer(prompt, LONGEST_ANSWER)))
     return made
 
 
