@@ -1,11 +1,17 @@
-"""What the measurements share: layouts of clusters under test, where results go, what every result says of itself."""
+"""What the measurements share: layouts of clusters, processes of peers, and what every result says of itself."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,7 @@ import orjson
 from distserve.loadgen.client import Client
 from distserve.loadgen.http import Target
 from distserve.loadgen.machine import hardware, versions
+from distserve.loadgen.workload import Ask
 from distserve.models.catalog import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +43,43 @@ def serve_arguments(layout: str, model: str, dtype: str) -> list[str]:
 
 def client(url: str, model: str, **fields: Any) -> Client:
     return Client(Target.parse(url), model, timeout_s=600.0, **fields)
+
+
+@contextmanager
+def peer_process(command: str, target: Client, start_timeout_s: float = 900.0) -> Iterator[tuple[int, float]]:
+    """Run a peer's shell command in a process group of its own, ended with the block: (pid, seconds until it answered).
+
+    Ready is when a completion of 2 tokens works. Exits with the end of the peer's output when it does not get there.
+    """
+    hello = Ask("Hello, world", 2)
+    if not asyncio.run(target.send(hello)).error:
+        raise SystemExit(f"port {target.target.port} is taken: a server answers there before {command} was started")
+    with tempfile.TemporaryFile() as log:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, shell=True, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while (error := asyncio.run(target.send(hello)).error) and process.poll() is None:
+                if time.perf_counter() - began > start_timeout_s:
+                    break
+                time.sleep(1.0)  # somebody else's server: asking is all there is
+            if error:
+                log.seek(0)
+                tail = log.read().decode(errors="replace")[-2000:]
+                raise SystemExit(f"{command}: not ready ({error}); its output ended with\n{tail}")
+            yield process.pid, time.perf_counter() - began
+        finally:
+            _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[bytes], patience_s: float = 20.0) -> None:
+    """SIGTERM to the whole group, SIGKILL to what is left of it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(patience_s)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def tokenizer(model: str) -> Path:

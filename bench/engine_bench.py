@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -161,11 +162,16 @@ def measure_read_rate(size_bytes: int = 1 << 28, repeats: int = 5) -> float:
     return size_bytes / best_of(tensor.sum, repeats)
 
 
-def measure_matmul_rate(dtype: torch.dtype, size: int = 1024, repeats: int = 20) -> float:
-    """Floating point operations a second of oneDNN's product of square matrices that fit the caches."""
-    weight, x = Linear(torch.randn(size, size).to(dtype)), torch.randn(size, size).to(dtype)
-    with torch.inference_mode():
-        return 2 * size**3 / best_of(lambda: weight(x), repeats)
+def measure_matmul_rate(dtype: torch.dtype, sizes: Sequence[int] = (1024, 2048, 4096), budget_s: float = 2.0) -> float:
+    """Floating point operations a second of oneDNN's product of square matrices, of the size that suits it best."""
+    rates = []
+    for size in sizes:
+        weight, x = Linear(torch.randn(size, size).to(dtype)), torch.randn(size, size).to(dtype)
+        with torch.inference_mode():
+            first_s = best_of(lambda weight=weight, x=x: weight(x), 1)  # type: ignore[misc]
+            repeats = max(3, int(budget_s / len(sizes) / first_s))
+            rates.append(2 * size**3 / best_of(lambda weight=weight, x=x: weight(x), repeats))  # type: ignore[misc]
+    return max(rates)
 
 
 def best_of(work: Callable[[], object], repeats: int) -> float:
@@ -185,7 +191,7 @@ def main() -> None:
     decode = [result for b in args.decode for result in bench.decode(b)]
     sampling = [bench.sampling(b) for b in args.sampling]
     if args.json:
-        results = {"prefill": prefill, "decode": decode, "sampling": sampling}
+        results: dict[str, Sequence[Any]] = {"prefill": prefill, "decode": decode, "sampling": sampling}
         about = {"model": args.model, "dtype": args.dtype, **asdict(bench.limits)}
         print(json.dumps(about | {name: [asdict(r) for r in rows] for name, rows in results.items()}))
         return

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from distserve.core.types import InstanceRef, Ticket
+from distserve.engine.native import native_copies
 from distserve.transfer import Mover, MoverEvent, StageSent, StageStored, TransferConfig
 
 LAYERS, KV_HEADS, HEAD_DIM, BLOCK = 30, 3, 64, 16
@@ -88,8 +89,9 @@ class _Other:
     def mover(self, kind: str, config: TransferConfig) -> tuple[int, str]:
         block = self._pool.shape[4]
         mover = Mover(
-            DESTINATION, self._pool, block, fingerprint="model", report=self._report, kind=kind, config=config
-        )
+            DESTINATION, self._pool, block,
+            fingerprint="model", report=self._report, kind=kind, config=config, native=native_copies("auto"),
+        )  # fmt: skip
         self._movers.append(mover)
         return len(self._movers) - 1, mover.address
 
@@ -195,8 +197,9 @@ class Handoffs:
         self._shape = shape
         self._events: queue.Queue[MoverEvent] = queue.Queue()
         self._mover = Mover(
-            SOURCE, pair.pool, BLOCK, fingerprint="model", report=self._events.put, kind=kind, config=config
-        )
+            SOURCE, pair.pool, BLOCK,
+            fingerprint="model", report=self._events.put, kind=kind, config=config, native=native_copies("auto"),
+        )  # fmt: skip
         self._there, self._address = pair.ask("mover", kind, config)
         self._number = 0
         self.nbytes = 0  # of one hand-off, known after the first

@@ -26,10 +26,11 @@ MACHINES = re.compile(r"(?<![\w.])/(work|root|home|opt)/\w")
 PROMISED = {
     "serve": (
         "--model --prefill --decode --mixed --dtype --http-port --grpc-port --transfer --threads-per-rank --kv-tokens "
-        "--max-model-len --block-size --print-ready --grace --model-name --tokenizer --device --host --controller-port "
+        "--kv-cache-dtype --kv-memory-fraction --max-model-len "
+        "--block-size --print-ready --grace --model-name --tokenizer --device --host --controller-port "
         "--api-keys --default-timeout --unread-limit --canary --canary-timeout --start-timeout --restart --journal "
-        "--kernels --step-timeout --log-level --config --check-config --open-metrics --public-tls-dir "
-        "--tp --pp --prefill-tp --prefill-pp --decode-tp --decode-pp --rank-timeout"
+        "--kernels --cuda-graphs --step-timeout --log-level --config --check-config --open-metrics --public-tls-dir "
+        "--tp --pp --prefill-tp --prefill-pp --decode-tp --decode-pp --rank-timeout --pin"
     ),
     "bench": (
         "--url --model --requests --rate --duration --slo --json --goodput --concurrency --num-requests --input-tokens "

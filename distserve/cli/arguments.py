@@ -224,6 +224,12 @@ def plan(parser: argparse.ArgumentParser) -> None:
     need.add_argument("--cluster", required=True, type=Path, metavar="FILE", help="nodes, GPUs and links, as YAML")
     need.add_argument("--trace", type=Path, default=None, metavar="FILE", help="recorded traffic")
     need.add_argument("--workload", default="", metavar="NAME", help="instead of a trace: sharegpt, constant:512/64")
+    need.add_argument(
+        "--arrivals",
+        default="poisson",
+        metavar="HOW",
+        help="of a workload: poisson, gamma:CV, varying:0=1,600=3 (from second = times the rate) [%(default)s]",
+    )
     need.add_argument("--rate", required=True, type=float, metavar="R", help="requests a second to plan for")
     need.add_argument("--slo", required=True, action="append", metavar="LIMITS", help=_SLO)
     how = parser.add_argument_group("how")
@@ -266,7 +272,10 @@ def simulate(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--decode", default="", metavar="SHAPE", help="decode instances")
     shapes.add_argument("--mixed", default="", metavar="SHAPE", help="colocated instances, instead of the other two")
     shapes.add_argument(
-        "--policy", default="", metavar="NAME", help="batching: chunked, distserve or vllm-2023 [the profile's own]"
+        "--policy",
+        default="",
+        metavar="NAME",
+        help="chunked, serve, prompts-first, distserve, vllm-2023 [the profile's]",
     )
     shapes.add_argument("--prefix-cache", action="store_true", help="prompts share KV as the trace's prefixes tell")
     shapes.add_argument("--kv-tokens", type=int, default=0, metavar="N", help="KV room of an instance [the profile's]")

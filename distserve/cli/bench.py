@@ -16,6 +16,7 @@ import orjson
 from distserve.cli.failure import CommandFailed
 from distserve.cli.paint import Paint, span, table
 from distserve.cli.parser import Usage
+from distserve.cli.progress import ProgressLine
 from distserve.loadgen.bench import Bench, BenchFailed, Plan
 from distserve.loadgen.client import Client
 from distserve.loadgen.http import Target
@@ -25,15 +26,18 @@ from distserve.loadgen.workload import BadWorkload
 from distserve.models.catalog import resolve_model
 from distserve.models.errors import ModelError
 
-_REDRAW_S = 0.2
 _SPREADS = {"TTFT": "ttft_s", "TPOT": "tpot_s", "ITL": "itl_s", "E2E": "e2e_s"}
 
 
 def bench(parsed: argparse.Namespace) -> int:
     plan = plan_of(parsed)
-    line = ProgressLine(shown=not parsed.plain and sys.stderr.isatty())
+    line, began = ProgressLine.on_terminal(parsed.plain), time.monotonic()
+
+    def changed(progress: Progress) -> None:
+        line.draw(words_of(progress, time.monotonic() - began), last=progress.done >= progress.total)
+
     try:
-        document = asyncio.run(Bench(plan, line.draw, line.say).run())
+        document = asyncio.run(Bench(plan, changed, line.say).run())
     except (BenchFailed, BadWorkload) as error:
         raise CommandFailed(str(error)) from error
     finally:
@@ -112,30 +116,11 @@ def tokenizer_file(name: str) -> Path:
     return found
 
 
-class ProgressLine:
-    """One line on stderr that is written over and over; nothing when not shown."""
-
-    def __init__(self, shown: bool) -> None:
-        self._shown = shown
-        self._drawn_at = 0.0
-        self._began = time.monotonic()
-
-    def draw(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if not self._shown or (now - self._drawn_at < _REDRAW_S and progress.done < progress.total):
-            return
-        self._drawn_at = now
-        failed = f", {progress.failed} failed" if progress.failed else ""
-        words = f"{progress.done}/{progress.total} done, {progress.sent - progress.done} in flight{failed}"
-        print(f"\r\x1b[K{now - self._began:6.1f} s  {words}", end="", file=sys.stderr, flush=True)
-
-    def say(self, words: str) -> None:
-        self.clear()
-        print(words, file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+def words_of(progress: Progress, seconds: float) -> str:
+    """How far a run is, after so many seconds."""
+    failed = f", {progress.failed} failed" if progress.failed else ""
+    words = f"{progress.done}/{progress.total} done, {progress.sent - progress.done} in flight{failed}"
+    return f"{seconds:6.1f} s  {words}"
 
 
 def report(document: dict[str, Any], slo: Slo, paint: Paint) -> str:

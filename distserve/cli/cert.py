@@ -54,8 +54,8 @@ def _make_ca(x509: Any, directory: Path) -> None:
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
-    _write(directory / "ca-key.pem", _private_pem(key))
-    _write(directory / "ca.pem", builder.sign(key, _sha256()).public_bytes(_pem()), 0o644)
+    replace_file(directory / "ca-key.pem", _private_pem(key))
+    replace_file(directory / "ca.pem", builder.sign(key, _sha256()).public_bytes(_pem()), 0o644)
 
 
 def _make_certificate(x509: Any, directory: Path, issuer: Path, hosts: list[str], days: int) -> None:
@@ -71,10 +71,10 @@ def _make_certificate(x509: Any, directory: Path, issuer: Path, hosts: list[str]
         .add_extension(x509.ExtendedKeyUsage([oid.SERVER_AUTH, oid.CLIENT_AUTH]), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
     )
-    _write(directory / "key.pem", _private_pem(key))
-    _write(directory / "cert.pem", builder.sign(ca_key, _sha256()).public_bytes(_pem()), 0o644)
+    replace_file(directory / "key.pem", _private_pem(key))
+    replace_file(directory / "cert.pem", builder.sign(ca_key, _sha256()).public_bytes(_pem()), 0o644)
     if issuer != directory:
-        _write(directory / "ca.pem", (issuer / "ca.pem").read_bytes(), 0o644)
+        replace_file(directory / "ca.pem", (issuer / "ca.pem").read_bytes(), 0o644)
 
 
 def _dated(x509: Any, subject: Any, issuer: Any, key: Any, days: int) -> Any:
@@ -120,10 +120,14 @@ def _private_pem(key: Any) -> bytes:
     return bytes(key.private_bytes(_pem(), form, plain))
 
 
-def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
+def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Replace a file at one stroke: nobody reads half a certificate."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.chmod(name, mode)
-    os.replace(name, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)  # it may be a private key
+        raise

@@ -41,6 +41,9 @@ def verify(parser: argparse.ArgumentParser) -> None:
     bounds = parser.add_argument_group("accepted within")
     bounds.add_argument("--points", type=float, default=5.0, metavar="X", help="points of attainment [%(default)s]")
     bounds.add_argument("--median", type=float, default=0.15, metavar="X", help="relative, TTFT and TPOT [%(default)s]")
+    bounds.add_argument(
+        "--goodput-bound", type=float, default=0.25, metavar="X", help="relative, with --goodput [%(default)s]"
+    )
     more = parser.add_argument_group("more")
     more.add_argument("--goodput", action="store_true", help="also search the goodput and compare it (minutes)")
     more.add_argument(

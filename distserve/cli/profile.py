@@ -5,32 +5,31 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from dataclasses import replace
 
 from distserve.cli.failure import CommandFailed
 from distserve.cli.paint import Paint, span, table
 from distserve.cli.parser import Usage
+from distserve.cli.progress import ProgressLine
 from distserve.launch.cluster import ClusterFailed
-from distserve.launch.options import usable_cores
 from distserve.models.errors import ModelError
 from distserve.profiling.live import LiveFailed
 from distserve.profiling.run import Wish, measure
 from distserve.profiling.worker import WorkerFailed
+from distserve_kernels.cores import usable_cores
 from distserve_planner.latency.profile import Profile, Sample, write_profile
 from distserve_planner.latency.regress import DECODE, PREFILL, told
 from distserve_planner.refusal import CannotPlan
 
-_REDRAW_S = 0.2
 _NOISY = 0.15
 _OTHERS = 0.3
 
 
 def profile(parsed: argparse.Namespace) -> int:
     wish = wish_of(parsed)
-    line = Line(shown=not parsed.plain and sys.stderr.isatty())
+    line = ProgressLine.on_terminal(parsed.plain)
     try:
-        found = measure(wish, line.draw)
+        found = measure(wish, line.bar)
     except (ModelError, WorkerFailed, LiveFailed, ClusterFailed, CannotPlan) as error:
         raise CommandFailed(str(error)) from error
     finally:
@@ -47,7 +46,7 @@ def profile(parsed: argparse.Namespace) -> int:
 
 def wish_of(parsed: argparse.Namespace) -> Wish:
     """Raises ``Usage`` with a sentence."""
-    cores = usable_cores()
+    cores = len(usable_cores())
     for name in ("instances", "threads_per_rank", "budget", "kv_tokens", "block_size"):
         if (value := getattr(parsed, name)) is not None and value <= 0:
             raise Usage(f"--{name.replace('_', '-')} {value:g}: a number above 0 is needed")
@@ -150,25 +149,3 @@ def _curves(found: Profile) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-class Line:
-    """One line on stderr that is written over and over; nothing when not shown."""
-
-    def __init__(self, shown: bool) -> None:
-        self._shown, self._at = shown, 0.0
-
-    def draw(self, words: str, share: float) -> None:
-        now = time.monotonic()
-        if self._shown and now - self._at > _REDRAW_S:
-            self._at, filled = now, round(24 * share)
-            print(
-                f"\r\x1b[K[{'#' * filled}{'.' * (24 - filled)}] {share:4.0%} {words}",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def clear(self) -> None:
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from distserve.cli.failure import CommandFailed
 from distserve.cli.paint import span
+from distserve.cli.progress import ProgressLine
 from distserve.cli.remote import remote
 from distserve.v1 import admin_pb2 as pb
 
@@ -33,18 +33,24 @@ def record(parsed: argparse.Namespace) -> int:
     if not out.absolute().parent.is_dir():
         raise CommandFailed(f"cannot write {out}: there is no folder {out.absolute().parent}")
     seen: list[Any] = []
+    line = ProgressLine.on_terminal(parsed.plain)
     try:
         with remote(parsed) as gateway:
             asked = pb.WatchTrafficRequest(duration_s=parsed.duration)
             call = gateway.call | {"timeout": parsed.duration + AFTERWARDS_S}
             for each in gateway.admin.WatchTraffic(asked, **call):
                 seen.append(each)
-                _progress(len(seen))
+                line.draw(f"{len(seen)} requests")
     except KeyboardInterrupt:
-        print("\nstopped early", file=sys.stderr)
+        line.say("stopped early")
+    except CommandFailed:
+        if seen:  # else there is nothing to save, and a trace of another day may stand there
+            _write(out, trace(seen))
+        raise
     finally:
-        rows = trace(seen)
-        _write(out, rows)
+        line.clear()
+    rows = trace(seen)
+    _write(out, rows)
     ended = Counter(each.outcome for each in seen)
     rest = "".join(f", {count} {outcome}" for outcome, count in sorted(ended.items()) if outcome not in ANSWERED)
     print(f"{len(rows)} requests over {span(rows[-1]['arrival_s'] if rows else 0.0)} in {out}{rest}")
@@ -77,8 +83,3 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     except OSError as error:
         raise CommandFailed(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _progress(count: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{count} requests", end="", file=sys.stderr, flush=True)

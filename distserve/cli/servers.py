@@ -64,7 +64,6 @@ def _checked(options: Any) -> Any:
     return options
 
 
-
 def _run(module: str, options: Any, parsed: argparse.Namespace) -> int:
     if parsed.check_config:
         print(yaml.safe_dump(_plain(options), sort_keys=False), end="")

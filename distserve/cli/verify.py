@@ -12,7 +12,7 @@ from typing import Any
 from distserve.cli.failure import CommandFailed
 from distserve.cli.paint import Paint, span, table
 from distserve.cli.parser import Usage
-from distserve.cli.profile import Line
+from distserve.cli.progress import ProgressLine
 from distserve.launch.cluster import ClusterFailed
 from distserve.loadgen.workload import BadWorkload
 from distserve.models.errors import ModelError
@@ -21,6 +21,7 @@ from distserve.profiling.verify import (
     Trial,
     Verdict,
     VerifyFailed,
+    check_here,
     machine_of,
     read_for,
     recalibrated,
@@ -39,10 +40,10 @@ ACCEPTED, REJECTED = 0, 1
 
 def run(parsed: argparse.Namespace) -> int:
     """0: within the bounds; 1: not, or the plan could not be run."""
-    line = Line(shown=not parsed.plain and sys.stderr.isatty())
+    line = ProgressLine.on_terminal(parsed.plain)
     try:
         trial = trial_of(parsed)
-        verdict = verify(trial, line.draw)
+        verdict = verify(trial, line.bar)
         line.clear()
         print(report(trial, verdict, Paint(plain=parsed.plain)))
         if parsed.recalibrate is not None:
@@ -60,11 +61,12 @@ def run(parsed: argparse.Namespace) -> int:
 
 def trial_of(parsed: argparse.Namespace) -> Trial:
     """Raises Usage, CannotPlan or OutOfRange."""
-    for name in ("rate", "duration", "points", "median"):
+    for name in ("rate", "duration", "points", "median", "goodput_bound"):
         if (value := getattr(parsed, name)) is not None and value <= 0:
-            raise Usage(f"--{name} {value:g}: a number above 0 is needed")
+            raise Usage(f"--{name.replace('_', '-')} {value:g}: a number above 0 is needed")
     path: Path = parsed.plan
     plan = read_plan(path)
+    check_here(plan)
     return Trial(
         plan=plan,
         machine=machine_of(plan, read_for(plan, path, parsed.profile)),
@@ -72,7 +74,7 @@ def trial_of(parsed: argparse.Namespace) -> Trial:
         classes=classes_of(plan),
         model=parsed.tokenizer or parsed.model or plan.model,
         arguments=serve_arguments(path, parsed.model, parsed.tokenizer),
-        bounds=Bounds(parsed.points, parsed.median),
+        bounds=Bounds(parsed.points, parsed.median, parsed.goodput_bound),
         seed=parsed.seed,
         goodput=parsed.goodput,
         pulse=not parsed.as_profiled,

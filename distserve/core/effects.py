@@ -36,7 +36,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one forward pass; answers ``StepDone`` or ``StepFailed``. At most one is outstanding."""
+    """Run one forward pass; answers ``StepDone``, ``StepFailed`` or ``StepAbandoned``. At most one is outstanding."""
 
     plan: StepPlan
 

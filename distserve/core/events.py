@@ -299,6 +299,13 @@ class StepFailed:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class StepAbandoned:
+    """The step was given up before its end, for nobody waited for it any more: it counts as never run."""
+
+    number: int
+
+
 # ── client → gateway (local) ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -395,6 +402,7 @@ InstanceEvent = (
     | StageCorrupt
     | StepDone
     | StepFailed
+    | StepAbandoned
     | Welcomed
     | JoinRefused
     | JoinAsked

@@ -164,7 +164,7 @@ class ModelSpec:
     layers: int
     kv_heads: int
     head_dim: int
-    kv_dtype: str  # "float32" | "bfloat16" | "float16"
+    kv_dtype: str  # "float32" | "bfloat16" | "float16" | "fp8_e4m3"
     block_size: int  # tokens a block, local to the instance
     pool_blocks: int
 

@@ -1,4 +1,4 @@
-"""From a ``StepPlan`` to the flat tensors of one forward pass.
+"""From a ``StepPlan`` to the flat tensors of one forward pass that gathers KV (``GatheredKv``).
 
 Orders the rows: prompt chunks first, then items of one token, longest first, in groups of similar length. Owns no
 state; the model and the pool are known only by their sizes.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distserve.core.types import StepItem, StepPlan
-from distserve.models.step import StepInput
+from distserve.models.step import GatheredKv, StepInput
 from distserve_kernels.paged import DecodeGroup, PrefillChunk, block_rows, token_rows
 
 GROUP_WASTE_TOKENS = 1024
@@ -23,7 +23,7 @@ GROUP_WASTE_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """The sizes of the pool that row numbers depend on, and where tensors go."""
+    """The sizes of the pool that row numbers depend on, where tensors go, and what is computed in (``dtype``)."""
 
     layers: int
     kv_heads: int
@@ -46,11 +46,8 @@ def build_step(plan: StepPlan, layout: KvLayout) -> StepInput:
     return StepInput(
         token_ids=_int64((t for item in order for t in item.token_ids), layout.device),
         positions=positions,
-        write_rows=write_rows,
         sample_rows=_sample_rows(plan.items, (*chunks, *singles), layout.device),
-        prefill=prefill,
-        prefill_tokens=prefill_tokens,
-        decode=_groups(order[len(chunks) :], layout),
+        kv=GatheredKv(write_rows, prefill, prefill_tokens, _groups(order[len(chunks) :], layout)),
     )
 
 

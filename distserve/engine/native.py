@@ -1,10 +1,11 @@
-"""The whole step as one native call, where this machine and this model allow it; the torch path everywhere else.
+"""The whole step as one native call, where this machine and this model allow it; Triton on a GPU; torch elsewhere.
 
 Owns the choice and the log line that says what was chosen. Takes over a loaded model's weights: they are held once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from array import array
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from distserve.core.types import StepPlan
 from distserve.engine.config import EngineConfig
 from distserve.engine.forward import Forward, TorchForward
 from distserve.engine.pool import KvPool
+from distserve.engine.stopping import StepGivenUp, StopSign
+from distserve.engine.triton_forward import triton_forward
 from distserve.models.catalog import default_cache
 from distserve.models.config import ModelConfig
 from distserve.models.errors import ModelError
@@ -31,10 +34,11 @@ from distserve_kernels.native.decoder import (
     Decoder,
     DecoderShape,
     Ends,
+    GivenUp,
     LayerWeights,
     Norm,
 )
-from distserve_kernels.native.library import NativeUnavailable, load
+from distserve_kernels.native.library import NativeUnavailable, available, load
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +50,15 @@ AMX_ROWS = 48
 class NativeForward:
     """Runs plans on a ``Decoder`` over a pool. Returns what the torch path returns: logits of the items that sample."""
 
-    def __init__(self, decoder: Decoder, pool: Tensor) -> None:
+    def __init__(self, decoder: Decoder, pool: Tensor, sign: StopSign | None = None) -> None:
         self._decoder, self._pool = decoder, pool
+        self._sign = sign if sign is not None else StopSign()
 
     def __call__(self, plan: StepPlan) -> Tensor | None:
-        """Logits [sampled, vocab] float32 in item order, valid until the next call; None when no item samples."""
+        """Logits [sampled, vocab] float32 in item order, valid until the next call; None when no item samples.
+
+        Raises StepGivenUp.
+        """
         tokens, segments, tables, samples = array("q"), array("q"), array("q"), array("q")
         for item in plan.items:
             segments.extend((len(tokens), len(item.token_ids), item.start, len(tables), len(item.blocks)))
@@ -58,7 +66,10 @@ class NativeForward:
             tables.extend(item.blocks)
             if item.sample:
                 samples.append(len(tokens) - 1)
-        logits = self._decoder.run(self._pool, tokens, segments, tables, samples)
+        try:
+            logits = self._decoder.run(self._pool, tokens, segments, tables, samples, plan.number, self._sign.address)
+        except GivenUp as given_up:
+            raise StepGivenUp(str(given_up)) from given_up
         return logits if samples else None
 
 
@@ -72,19 +83,30 @@ class BothForward:
         return (self._native if plan.tokens <= self._most_rows else self._torch)(plan)
 
 
-def choose_forward(config: EngineConfig, model: Model, shape: ModelConfig, pool: KvPool, length: int) -> Forward:
-    """The forward pass of a loaded model; what was chosen, and why, is said in the log.
+def native_copies(kernels: str) -> ctypes.CDLL | None:
+    """The library with which a data plane copies and sums up at once; None without a compiler, or with "torch"."""
+    return available(default_cache() / "native", log.info) if kernels != "torch" else None
 
-    Raises ModelError when only native kernels would do and there are none.
+
+def choose_forward(
+    config: EngineConfig, model: Model, shape: ModelConfig, pool: KvPool, length: int, sign: StopSign
+) -> Forward:
+    """The forward pass of a loaded model; what was chosen, and why, is said in the log. ``sign`` gives up its steps.
+
+    Raises ModelError when only native, or only Triton, kernels would do and there are none.
     """
-    in_torch = TorchForward(model, pool)
+    in_torch = TorchForward(model, pool, sign, dtype=config.torch_dtype)
     if config.kernels == "torch":
         log.info("torch kernels, as asked")
         return in_torch
+    if (in_triton := triton_forward(config, model, pool, length, in_torch, sign)) is not None:
+        return in_triton
     threads = config.threads or torch.get_num_threads()
     most_rows = AMX_ROWS if torch.cpu._is_amx_tile_supported() and config.dtype == "bfloat16" else None
     try:
-        native = take_over(model, shape, pool.tensor, length, threads, default_cache() / "native", most_rows)
+        if config.kv_torch_dtype != config.torch_dtype:
+            raise NativeUnavailable(f"native ones keep KV in the model's {config.dtype}, not in {config.kv_name}")
+        native = take_over(model, shape, pool.tensor, length, threads, default_cache() / "native", most_rows, sign)
     except NativeUnavailable as why:
         if config.kernels == "native":
             raise ModelError(f"native kernels were asked for, but {why}; say --kernels auto to do without") from why
@@ -105,6 +127,7 @@ def take_over(
     threads: int,
     cache: Path,
     most_rows: int | None = None,
+    sign: StopSign | None = None,
 ) -> NativeForward:
     """A native forward pass with ``model``'s weights, which the model loses.
 
@@ -131,7 +154,7 @@ def take_over(
         )  # fmt: skip
     else:
         log.info("native kernels (%s), %d threads", processor, threads)
-    return NativeForward(decoder, pool)
+    return NativeForward(decoder, pool, sign)
 
 
 def _check(pool: Tensor, shape: ModelConfig) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from distserve_kernels.memory import advise_large_pages
 from distserve_kernels.paged import LayerKv, layer_views
+from distserve_kernels.stored import whole_bytes
 
 
 class KvPool:
-    """``tensor``: [blocks, layers, 2 (K, V), kv_heads, block_size, head_dim], zeroed, in the model's dtype."""
+    """``tensor``: [blocks, layers, 2 (K, V), kv_heads, block_size, head_dim], zeroed, in the dtype of KV."""
 
     def __init__(
         self,
@@ -29,6 +30,7 @@ class KvPool:
         self.tensor = torch.empty((blocks, layers, 2, kv_heads, block_size, head_dim), dtype=dtype, device=device)
         advise_large_pages(self.tensor)
         self.tensor.zero_()
+        self._fillable = whole_bytes(self.tensor)
         self.layers: tuple[LayerKv, ...] = layer_views(self.tensor)
 
     @property
@@ -46,4 +48,8 @@ class KvPool:
 
     def clear(self, blocks: Tensor) -> None:
         """Zero whole blocks [n] int64. A block just begun is cleared, lest its last owner's NaN reach a masked lane."""
-        self.tensor.index_fill_(0, blocks, 0)
+        self._fillable.index_fill_(0, blocks, 0)
+
+    def clear_tail(self, block: int, offset: int) -> None:
+        """Zero one block from a token's place in it onward: what lies there is an earlier owner's."""
+        self._fillable[block, :, :, :, offset:].zero_()

@@ -15,16 +15,19 @@ import torch
 from distserve.core.types import ModelSpec, StepPlan, Token
 from distserve.engine.config import EngineConfig
 from distserve.engine.forward import Forward
+from distserve.engine.memory import sized
 from distserve.engine.native import choose_forward
 from distserve.engine.pool import KvPool
-from distserve.engine.sampler import choose_tokens
+from distserve.engine.sampler import Draw, choose_tokens
+from distserve.engine.stopping import StopSign
+from distserve.engine.triton_forward import draw_of, ops_of
 from distserve.models.catalog import RANDOM_PREFIX, resolve_model
 from distserve.models.config import ModelConfig, read_config
 from distserve.models.errors import ModelError
 from distserve.models.registry import BUILDERS, Model
 from distserve.models.shard import WHOLE, Shard
 from distserve.models.weights import Progress, RandomWeights, SafetensorWeights, weight_identity
-from distserve_kernels.ops import ops_for
+from distserve.observe.startup import Mark, unmarked
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,40 +41,63 @@ class StepOutput:
 class Engine:
     """A loaded model over its KV pool. One thread calls ``run``; ``pool.tensor`` is shared with the mover."""
 
-    def __init__(self, spec: ModelSpec, forward: Forward, pool: KvPool, weight_bytes: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        forward: Forward,
+        pool: KvPool,
+        weight_bytes: int,
+        sign: StopSign | None = None,
+        draw: Draw | None = None,
+    ) -> None:
         self.spec = spec
         self.pool = pool
         self.weight_bytes = weight_bytes  # of all tensors, in the model's dtype
         self._forward = forward
+        self._sign = sign if sign is not None else StopSign()
+        self._draw = draw
 
     @classmethod
-    def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+    def load(cls, config: EngineConfig, progress: Progress | None = None, mark: Mark = unmarked) -> Engine:
         """Load ``config.model``. Raises ModelError with a sentence; ``progress`` is called after each tensor."""
         if config.threads:
             torch.set_num_threads(config.threads)
+        if (device := torch.device(config.device)).index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread, which also runs the steps: kernels start on it
         directory = resolve_model(config.model)
         shape = read_config(directory)
         length = max_model_len(shape, config.max_model_len)
         with torch.inference_mode():
             model, weight_bytes = build_model(directory, shape, config, length, progress)
-        device = torch.device(config.device)
-        pool = KvPool(
-            config.blocks, shape.layers, shape.kv_heads, config.block_size, shape.head_dim, config.torch_dtype, device
-        )
-        forward = choose_forward(config, model, shape, pool, length)
-        return cls(spec_of(directory, shape, config, length), forward, pool, weight_bytes)
+        mark("weights")
+        config = sized(config, shape, model, length, weight_bytes)
+        device, dtype = torch.device(config.device), config.kv_torch_dtype
+        pool = KvPool(config.blocks, shape.layers, shape.kv_heads, config.block_size, shape.head_dim, dtype, device)
+        mark("pool")
+        sign = StopSign()
+        forward = choose_forward(config, model, shape, pool, length, sign)
+        mark("kernels")
+        draw = draw_of(config, shape.vocab_size)
+        return cls(spec_of(directory, shape, config, length), forward, pool, weight_bytes, sign, draw)
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """Compute every item's tokens, write their KV, and choose the next token of the items that sample."""
+        """Compute every item's tokens, write their KV, and choose the next token of the items that sample.
+
+        Raises StepGivenUp, between two layers, once ``give_up`` was called with the plan's number.
+        """
         began = time.perf_counter()
         if not plan.items:
             return StepOutput((), 0.0)
         with torch.inference_mode():
             logits = self._forward(plan)
             sampling = [item for item in plan.items if item.sample]
-            tokens = choose_tokens(logits, sampling) if logits is not None else []
+            tokens = choose_tokens(logits, sampling, self._draw) if logits is not None else []
         named = tuple((item.request_id, token) for item, token in zip(sampling, tokens, strict=True))
         return StepOutput(named, time.perf_counter() - began)
+
+    def give_up(self, number: int) -> None:
+        """Let the step of this number end early if it runs, now or later. From any thread; does not wait."""
+        self._sign.set(number)
 
 
 def max_model_len(shape: ModelConfig, wanted: int) -> int:
@@ -94,7 +120,7 @@ def build_model(
 ) -> tuple[Model, int]:
     """The model, or this rank's share of it, and the bytes of its weights."""
     device = torch.device(config.device)
-    builder, ops = BUILDERS[shape.architecture], ops_for(device)
+    builder, ops = BUILDERS[shape.architecture], ops_of(config)
     if config.model.startswith(RANDOM_PREFIX):
         random = RandomWeights(config.torch_dtype, device, progress)
         return builder(shape, random, ops, length, shard), random.taken_bytes
@@ -113,7 +139,7 @@ def spec_of(directory: Path, shape: ModelConfig, config: EngineConfig, length: i
         layers=shape.layers,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        kv_dtype=config.dtype,
+        kv_dtype=config.kv_name,
         block_size=config.block_size,
         pool_blocks=config.blocks,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,15 +25,22 @@ _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def choose_tokens(logits: Tensor, items: Sequence[StepItem]) -> list[Token]:
-    """One token for each row of ``logits`` [items, vocab]; row i belongs to ``items[i]``."""
+Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""One token id a row, [rows] int64, of (scores, temperature, top_k, top_p, min_p, points): ``PagedOps.sample``."""
+
+
+def choose_tokens(logits: Tensor, items: Sequence[StepItem], draw: Draw | None = None) -> list[Token]:
+    """One token for each row of ``logits`` [items, vocab]; row i belongs to ``items[i]``.
+
+    With ``draw`` every draw goes through it, whoever the mates are: where rounding decides, it may differ from ours.
+    """
     if all(_is_plain_greedy(item) for item in items):
         return [Token(id) for id in _best(logits)]
     raw = logits.float()
     scores = raw.clone()
     for row, item in zip(scores, items, strict=True):
         _constrain(row, item)
-    ids = _choose(scores, items)
+    ids = _choose(scores, items) if draw is None else _choose_at_once(scores, items, draw)
     return [_token(raw[i], ids[i], item.sampling.logprobs) for i, item in enumerate(items)]
 
 
@@ -89,6 +96,24 @@ def _choose(scores: Tensor, items: Sequence[StepItem]) -> list[int]:
         if item.sampling.temperature > 0 and _truncates(item.sampling):
             ids[i] = _draw_truncated(scores[i], item)
     return ids
+
+
+def _choose_at_once(scores: Tensor, items: Sequence[StepItem], draw: Draw) -> list[int]:
+    """As ``_choose``, by one call for all rows. ``draw`` takes the first of the largest where the temperature is 0."""
+    asked = [item.sampling for item in items]
+
+    def column(values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype).to(scores.device)
+
+    chosen = draw(
+        scores,
+        column(s.temperature for s in asked),
+        column((s.top_k for s in asked), torch.int32),
+        column(s.top_p for s in asked),
+        column(s.min_p for s in asked),
+        column(uniform(item.sampling.seed, item.output_index) for item in items),
+    )
+    return [int(i) for i in chosen.tolist()]
 
 
 def _best(scores: Tensor) -> list[int]:

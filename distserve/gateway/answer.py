@@ -106,9 +106,7 @@ class Answer:
     Iteration raises ``RequestFailed``; the other choices are cancelled then. Ends when every index has ended.
     """
 
-    def __init__(
-        self, plan: Plan, streams: Sequence[RequestStream], closed: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, plan: Plan, streams: Sequence[RequestStream], closed: Callable[[], None] = lambda: None) -> None:
         self.plan = plan
         self.choices = tuple(_choice(plan, i) for i in range(len(streams)))
         self._streams = tuple(streams)
@@ -140,13 +138,13 @@ class Answer:
 
     async def _many(self) -> AsyncGenerator[AnswerEvent, None]:
         """All streams at once. The queue is short, so that a slow reader leaves tokens where they are bounded."""
-        queue: asyncio.Queue[AnswerEvent | RequestFailed] = asyncio.Queue(len(self._streams))
+        queue: asyncio.Queue[AnswerEvent | Exception] = asyncio.Queue(len(self._streams))
         pumps = [asyncio.create_task(self._pump(i, queue)) for i in range(len(self._streams))]
         open_streams = len(pumps)
         try:
             while open_streams:
                 event = await queue.get()
-                if isinstance(event, RequestFailed):
+                if isinstance(event, Exception):
                     raise event
                 yield event
                 open_streams -= isinstance(event, Ended)
@@ -155,7 +153,7 @@ class Answer:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, index: int, queue: asyncio.Queue[AnswerEvent | RequestFailed]) -> None:
+    async def _pump(self, index: int, queue: asyncio.Queue[AnswerEvent | Exception]) -> None:
         try:
             async for event in self._streams[index]:
                 for made in await self._advance(index, event):
@@ -163,7 +161,7 @@ class Answer:
                     if isinstance(made, Ended):
                         return
             raise _cut_short(self._streams[index].request_id)
-        except RequestFailed as failure:
+        except Exception as failure:  # of any kind, a bug too: whoever reads the queue would wait for ever
             await queue.put(failure)
 
     async def _advance(self, index: int, event: StreamEvent) -> list[AnswerEvent]:

@@ -27,6 +27,7 @@ class Limits:
     header_timeout_s: float = 10.0  # from the first byte (or the connection) to the end of the headers
     body_timeout_s: float = 60.0  # from there to the end of the body
     keep_alive_s: float = 75.0  # between two HTTP requests
+    unread_limit_s: float = 60.0  # an HTTP client that takes nothing of its answer for so long is hung up on
     # of clients: whoever shares a key, or, where there are no keys, an address
     max_client_streams: int = 1024  # answers under way; 0: no limit
     max_client_connections: int = 1024  # of HTTP, by address; 0: no limit

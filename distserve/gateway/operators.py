@@ -32,9 +32,7 @@ async def view(member: Member, *, connected: bool, trust: Trust = OPEN) -> Insta
     return InstanceView(member, from_message(Load, answer.load), connected, state, answer.pid)
 
 
-async def holdings(
-    endpoints: Sequence[Endpoint], request_id: str, trust: Trust = OPEN
-) -> list[tuple[str, Holding]]:
+async def holdings(endpoints: Sequence[Endpoint], request_id: str, trust: Trust = OPEN) -> list[tuple[str, Holding]]:
     """What the instances hold for a request: (instance, holding). Those that do not answer are left out."""
     answers = await asyncio.gather(*(_inspect(e, request_id, trust) for e in endpoints), return_exceptions=True)
     found: list[tuple[str, Holding]] = []

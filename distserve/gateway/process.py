@@ -100,7 +100,9 @@ class RunningGateway:
         """Listen and dial. Raises ``PortUnavailable``, ``Unsafe``, ``BadKeys``; ``stop`` cleans up in any case."""
         options = self._options
         options.check()
-        limits = dataclasses.replace(options.limits, default_timeout_s=options.default_timeout_s)
+        limits = dataclasses.replace(
+            options.limits, default_timeout_s=options.default_timeout_s, unread_limit_s=options.unread_limit_s
+        )
         tls = options.public_tls
         certificates = Certificates(tls) if tls is not None else None
         codec_ = await asyncio.to_thread(TextCodec.load, Path(options.model))

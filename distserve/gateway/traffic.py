@@ -144,4 +144,3 @@ class Traffic:
         finally:
             self._watches.discard(watch)
             watch.end()
-

@@ -1,7 +1,8 @@
 """The step loop: the one thread that touches the machine, the engine and the blocks (DESIGN §3).
 
 It takes what came in, hands it to the machine, performs what the machine asks, and runs the next step; what is to be
-sent leaves in one batch a turn. It blocks when there is nothing to do, and decides nothing.
+sent leaves in one batch a turn. It blocks when there is nothing to do, and decides nothing. What comes in while a step
+runs waits for its end, and a step that nobody waits for any more is given up, so that a cancel does not wait long.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from distserve.core.effects import AbortSend, CloseTicket, Effect, OpenTicket, RunStep, Send, SendStage
-from distserve.core.events import InstanceEvent, MembersChanged, PeerLost, StepDone, StepFailed, Tick
+from distserve.core.events import InstanceEvent, MembersChanged, PeerLost, StepAbandoned, StepDone, StepFailed, Tick
 from distserve.core.types import Load, StepPlan
+from distserve.engine.stopping import StepGivenUp
 from distserve.instance.inbox import Inbox, Question, Stop
 from distserve.instance.ports import DataPlane, Engine, Machine, Observer
 
@@ -146,12 +148,18 @@ class StepLoop:
             self._outward(Turn(tuple(self._sends), *now))
             self._sends.clear()
 
-    def _step(self) -> StepDone | StepFailed | None:
+    def _step(self) -> StepDone | StepFailed | StepAbandoned | None:
         if (plan := self._plan) is None:
             return None
         self._plan = None
+        awaiting = self._machine.awaiting()
+        if awaiting.nobody:  # planned and cancelled within one turn
+            return StepAbandoned(plan.number)
         try:
-            output = self._engine.run(plan)
+            with self._inbox.during(awaiting, self._engine.give_up):
+                output = self._engine.run(plan)
+        except StepGivenUp:
+            return StepAbandoned(plan.number)
         except Exception as error:
             log.exception("step %d failed", plan.number)
             self._failed_steps += 1

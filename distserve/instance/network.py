@@ -127,11 +127,12 @@ class Network:
             return
 
     async def close(self) -> None:
-        """Break every stream that still stands and free the port."""
+        """End every stream that still stands and free the port."""
         if self._attendance is not None:
             self._attendance.cancel()
             await asyncio.wait([self._attendance])
         await self._peers.close()
+        await self._gateways.end()
         if self._server is not None:
             await self._server.stop(grace=None)
 

@@ -24,9 +24,15 @@ class InstanceOptions:
     role: Role = Role.MIXED
     dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
     device: str = "cpu"
-    kernels: str = "auto"  # "auto" | "native" | "torch"
+    kernels: str = "auto"  # "auto" | "native" | "torch" | "triton"
+    cuda_graphs: str = "auto"  # "auto" | "off"
     threads: int = 1  # of the forward pass
-    kv_tokens: int = 65_536  # size of the KV pool, in tokens
+    cores: tuple[int, ...] = ()  # that steps and KV copies keep to; none: any
+    kv_cache_dtype: str = "auto"  # of KV: "auto" (``dtype``) | "float32" | "bfloat16" | "float16" | "fp8_e4m3"
+    kv_tokens: int | None = None  # size of the KV pool, in tokens; None: what fits
+    kv_memory_fraction: float | None = None  # of free memory, for a pool that is as large as fits; None: by device
+    memory_bytes: int | None = None  # of the host, for weights and KV; None: all that is free
+    memory_share: float = 1.0  # of each GPU, where instances share them
     block_size: int = 16  # tokens a block
     max_model_len: int | None = None  # None: what the model's configuration says
     tp: int = 1  # ranks that share each layer's heads
@@ -61,6 +67,10 @@ class InstanceOptions:
                 raise ValueError(f"{flag} {count}: at least 1 is needed")
         if self.tp * self.pp > 1 and self.advertise_data:
             raise ValueError("--advertise-data names one address, but every rank has its own: leave it out")
+        if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
+            raise ValueError(f"--kv-memory-fraction {self.kv_memory_fraction:g}: a part of 1 is needed, such as 0.5")
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"--memory-share {self.memory_share:g}: a part of 1 is needed, such as 0.5")
         if self.rank_timeout_s <= 0:
             raise ValueError(f"--rank-timeout {self.rank_timeout_s:g}: more than 0 is needed")
         if self.step_timeout_s is not None and self.step_timeout_s <= 0:

@@ -10,6 +10,7 @@ from typing import Protocol
 from distserve.core.effects import Effect
 from distserve.core.events import InstanceEvent
 from distserve.core.types import InstanceRef, Load, StepPlan, Ticket, Token
+from distserve.sched.awaiting import Awaiting
 
 
 class Machine(Protocol):
@@ -20,6 +21,8 @@ class Machine(Protocol):
     def next_deadline(self) -> float | None: ...
 
     def load(self) -> Load: ...
+
+    def awaiting(self) -> Awaiting: ...
 
     @property
     def idle(self) -> bool: ...
@@ -36,9 +39,15 @@ class StepOutput(Protocol):
 
 
 class Engine(Protocol):
-    """``engine.Engine``: one forward pass at a time. Whatever it raises is a failed step."""
+    """``engine.Engine``: one forward pass at a time. Whatever it raises is a failed step, but for StepGivenUp.
+
+    ``give_up`` may come from any thread and does not wait: ``run`` may then raise StepGivenUp for that step, and for
+    no other.
+    """
 
     def run(self, plan: StepPlan) -> StepOutput: ...
+
+    def give_up(self, number: int) -> None: ...
 
 
 class DataPlane(Protocol):

@@ -24,9 +24,10 @@ import grpc.aio
 from distserve import __version__
 from distserve.core.events import StageCorrupt, StageFailed, StageSent, StageStored
 from distserve.core.types import Endpoint, InstanceRef, Member
-from distserve.engine.config import EngineConfig
+from distserve.engine.native import native_copies
 from distserve.engine.runner import Engine
 from distserve.instance.inbox import Inbox
+from distserve.instance.loading import engine_config
 from distserve.instance.loop import StepLoop, Turn
 from distserve.instance.network import Answers, Network
 from distserve.instance.ops import Operations
@@ -46,6 +47,7 @@ from distserve.models.errors import ModelError
 from distserve.observe import codec
 from distserve.observe.journal import Journal
 from distserve.observe.log import set_up
+from distserve.observe.startup import Startup, process_age_s
 from distserve.sched.instance import InstanceState
 from distserve.transfer import Mover, MoverEvent, TransferConfig
 from distserve.transfer import events as mover_events
@@ -53,6 +55,7 @@ from distserve.wire.channels import PortTaken, address_of, bind, own_host
 from distserve.wire.life import Ending, fresh_incarnation, tell
 from distserve.wire.secret import ClusterSecret
 from distserve.wire.trust import OPEN, Trust
+from distserve_kernels.cores import keep_to
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -86,8 +89,9 @@ class InstanceProcess:
         self._place = place
         self._ranks: RankedInstance | None = None
         self._ref = InstanceRef(options.id, fresh_incarnation())
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._thread = ThreadPoolExecutor(1, "step", initializer=keep_to, initargs=(options.cores,))
         self._seed = secrets.randbits(63)  # of ticket nonces
+        self._startup = Startup(process_age_s())
         self._code = STOPPED
         self._own = Endpoint(self._ref, "", "")  # where it listens; what it advertises may be before a translator
         self._trust = OPEN
@@ -107,6 +111,7 @@ class InstanceProcess:
                 engine = await self._load(ending)
                 mover = self._mover(engine, inbox)
                 held.push_async_callback(self._release, mover)
+                self._startup.mark("data_plane")
                 member = self._member(engine, mover, port)
                 journals = [held.enter_context(closing(journal)) for journal in self._journals(member)]
             except (PortTaken, ModelError, ValueError, OSError) as error:
@@ -143,22 +148,12 @@ class InstanceProcess:
 
     async def _load(self, ending: Ending) -> Engine | RankedEngine:
         """Load the model on the step thread. A process that is told to end meanwhile has nothing to release."""
-        options = self._options
-        config = EngineConfig(
-            model=options.model,
-            name=options.model_name,
-            dtype=options.dtype,
-            device=options.device,
-            kernels=options.kernels,
-            threads=options.threads,
-            kv_tokens=options.kv_tokens,
-            block_size=options.block_size,
-            max_model_len=options.max_model_len or 0,
-        )
+        options, config = self._options, engine_config(self._options)
+        self._startup.mark("python")
         began = time.monotonic()
         load: Callable[..., Engine | RankedEngine] = Engine.load if self._ranks is None else self._ranks.load
         loading = asyncio.get_running_loop().run_in_executor(
-            self._thread, load, config, LoadProgress(options.model)
+            self._thread, load, config, LoadProgress(options.model), self._startup.mark
         )
         if not await first_of(loading, ending.asked):
             log.info("told to stop while loading %s", options.model)
@@ -179,6 +174,7 @@ class InstanceProcess:
             report=lambda event: inbox.put(stage_event(event)),
             kind=options.transfer,
             config=self._transfer(),
+            native=native_copies(options.kernels),
         )
 
     def _transfer(self) -> TransferConfig:
@@ -189,6 +185,7 @@ class InstanceProcess:
             bind_host=options.host,
             port=options.data_port,
             advertise_host=self._advertised(),
+            cores=options.cores,
             keys=secret.derive("transfer") if secret is not None else (),
         )
 
@@ -218,8 +215,13 @@ class InstanceProcess:
         operations = Operations(member, machine, inbox)
 
         def welcomed() -> None:
+            if "join" not in self._startup.seconds:  # not when it joins again
+                self._startup.mark("join")
+                operations.observer.set_startup(self._startup.seconds)
+                log.info("ready after %s", self._startup.words())
             operations.ready = True
-            tell(options.ready_fd, "joined", "instance", options.id)
+            seconds = {phase: round(each, 3) for phase, each in self._startup.seconds.items()}
+            tell(options.ready_fd, "joined", "instance", options.id, startup_s=seconds)
 
         def refused(_: str) -> None:
             self._end(ending, REFUSED)

@@ -71,6 +71,10 @@ class GatewayStreams:
         """Wait until all that was queued is written."""
         await self._attached.emptied()
 
+    async def end(self) -> None:
+        """End every stream, well."""
+        await self._attached.end()
+
     def _take_in(self, event: Event) -> None:
         if self._closing and isinstance(event, Submit):
             message = f"{self._me} is shutting down"

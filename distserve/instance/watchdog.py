@@ -46,6 +46,10 @@ class WatchedEngine:
         finally:
             self._running = None
 
+    def give_up(self, number: int) -> None:
+        """As the engine's own."""
+        self._engine.give_up(number)
+
     def close(self) -> None:
         """Watch no more, and wait for the thread. Idempotent."""
         self._closed = True

@@ -23,13 +23,11 @@ KILL_AFTER_S = 5.0
 class Child:
     """A running ``distserve`` process in a session of its own. Made by ``start``."""
 
-    def __init__(
-        self, name: str, process: asyncio.subprocess.Process, alive_fd: int, lines: asyncio.StreamReader
-    ) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, alive_fd: int) -> None:
         self.name = name
         self._process = process
         self._alive_fd = alive_fd
-        self._lines = lines
+        self._lines = asyncio.StreamReader()  # until ``start`` has opened the ready descriptor
 
     @classmethod
     async def start(
@@ -47,14 +45,21 @@ class Child:
                 start_new_session=True,  # a Ctrl-C at the terminal is ours to pass on
                 env=dict(environ),
             )
-        except OSError:
+        except BaseException:  # whoever waited may be cancelled, too
             os.close(ready_read)
             os.close(parent_write)
             raise
         finally:
             os.close(ready_write)
             os.close(parent_read)
-        return cls(name, process, parent_write, await _reader(ready_read))
+        child = cls(name, process, parent_write)
+        try:
+            child._lines = await _reader(ready_read)
+        except BaseException:
+            child.kill()
+            await child.ended()
+            raise
+        return child
 
     @property
     def pid(self) -> int:

@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import IO, Any
 
 STOP_S = 30.0
+END_S = 5.0
+"""How long a process may take to be gone once it has closed its output."""
 
 
 class ClusterFailed(RuntimeError):
@@ -69,6 +71,9 @@ class Cluster:
                 pass_fds=(parent_read,),
                 start_new_session=True,
             )
+        except BaseException:
+            self._let_go()
+            raise
         finally:
             os.close(parent_read)
         try:
@@ -94,9 +99,13 @@ class Cluster:
         finally:
             if process.stdout is not None:
                 process.stdout.close()
-            if self._alive_fd >= 0:
-                os.close(self._alive_fd)
-                self._alive_fd = -1
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close our end of the parent descriptor. Idempotent."""
+        if self._alive_fd >= 0:
+            os.close(self._alive_fd)
+            self._alive_fd = -1
 
     def _read_ready(self) -> dict[str, Any]:
         process = self.process
@@ -110,6 +119,13 @@ class Cluster:
                     raise ClusterFailed(f"the cluster was not ready after {self._start_timeout_s:g} s")
                 data = os.read(process.stdout.fileno(), 1 << 16)
                 if not data:
-                    raise ClusterFailed(f"the cluster ended with code {process.wait()} before it was ready")
+                    raise ClusterFailed(self._why_silent())
                 heard += data
         return dict(json.loads(heard.split(b"\n", 1)[0]))
+
+    def _why_silent(self) -> str:
+        """What became of a cluster that closed its stdout; one that lives on for all that is not waited for."""
+        try:
+            return f"the cluster ended with code {self.process.wait(END_S)} before it was ready"
+        except subprocess.TimeoutExpired:
+            return "the cluster closed its output before it was ready, and went on"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +9,12 @@ from distserve.core.types import Role
 from distserve.gateway.limits import Limits
 from distserve.sched.config import ClusterConfig, GatewayConfig, InstanceConfig
 from distserve.wire.security import SecurityOptions, TlsFiles
+from distserve_kernels.cores import share_cores, usable_cores
 
 DTYPES = ("float32", "bfloat16", "float16")
-KERNELS = ("auto", "native", "torch")
+KV_DTYPES = ("auto", *DTYPES, "fp8_e4m3")
+KERNELS = ("auto", "native", "torch", "triton")
+CUDA_GRAPHS = ("auto", "off")
 TRANSFERS = ("auto", "shm", "gloo", "nccl")
 LEVELS = ("debug", "info", "warning", "error")
 _MOST_INSTANCES = 64  # of one role on one machine; beyond, a typing error is likelier than a wish
@@ -36,7 +38,9 @@ class ServeOptions:
     dtype: str = "float32"
     device: str = "cpu"
     kernels: str = "auto"
+    cuda_graphs: str = "auto"
     threads_per_rank: int | None = None
+    pin: bool = True
     tp: int = 1
     pp: int = 1
     prefill_tp: int | None = None
@@ -44,7 +48,9 @@ class ServeOptions:
     decode_tp: int | None = None
     decode_pp: int | None = None
     rank_timeout_s: float = 120.0
-    kv_tokens: int = 65_536
+    kv_cache_dtype: str = "auto"
+    kv_tokens: int | None = None
+    kv_memory_fraction: float | None = None
     block_size: int = 16
     max_model_len: int | None = None
     transfer: str = "auto"
@@ -98,7 +104,15 @@ class ServeOptions:
         if self.threads_per_rank is not None:
             return self.threads_per_rank
         layouts = [self.layout(role) for _, role in self.instances]
-        return max(1, usable_cores() // sum(tp * pp for tp, pp in layouts))
+        return max(1, len(usable_cores()) // sum(tp * pp for tp, pp in layouts))
+
+    @property
+    def cores(self) -> dict[str, tuple[int, ...]]:
+        """Cores of its own for each instance, by id; none where they do not suffice, or were not wanted."""
+        needs = [self.threads for _ in self.instances]
+        alone = all(self.layout(role) == (1, 1) for _, role in self.instances)  # ranks share their instance's
+        given = share_cores(usable_cores(), needs) if self.pin and alone and self.device == "cpu" else [()] * len(needs)
+        return {name: cores for (name, _), cores in zip(self.instances, given, strict=True)}
 
     def check(self) -> None:
         """Raise ``BadOptions`` for what can be known before anything is started."""
@@ -119,7 +133,9 @@ class ServeOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise BadOptions(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
-        if self.kv_tokens < self.block_size:
+        if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
+            raise BadOptions(f"--kv-memory-fraction {self.kv_memory_fraction:g}: a part of 1 is needed, such as 0.5")
+        if self.kv_tokens is not None and self.kv_tokens < self.block_size:
             raise BadOptions(f"--kv-tokens {self.kv_tokens} holds not one block of {self.block_size} tokens")
         if self.transfer == "nccl" and self.device == "cpu":
             raise BadOptions("--transfer nccl needs --device cuda; on a CPU choose auto, shm or gloo")
@@ -151,8 +167,3 @@ class ServeOptions:
 def served_name(model: str) -> str:
     """What clients call a model that was given no name: the alias, or the last part of its path."""
     return Path(model.removeprefix("random:").rstrip("/").removesuffix("/config.json")).name or model
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

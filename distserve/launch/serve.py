@@ -17,6 +17,7 @@ from typing import Any
 
 from distserve.controller.options import ControllerOptions
 from distserve.core.types import Role
+from distserve.engine.memory import free_of_host
 from distserve.gateway.options import GatewayOptions
 from distserve.gateway.ports import PortUnavailable
 from distserve.gateway.process import RunningGateway, gateway
@@ -67,6 +68,8 @@ class _Cluster:
         self._model = model
         self._supervisor: Supervisor | None = None
         self._security = internal_security(options)
+        self._memory_bytes = memory_of_each(options)
+        self._phases: dict[str, float] = {}
 
     async def run(self) -> int:
         began = asyncio.get_running_loop().time()
@@ -116,8 +119,12 @@ class _Cluster:
         """
 
         async def whole() -> None:
+            clock = asyncio.get_running_loop().time
+            began = clock()
             await supervisor.complete.wait()
+            joined = clock()
             await running.ready.wait()
+            self._phases = {"instances": round(joined - began, 3), "canary": round(clock() - joined, 3)}
 
         up = asyncio.ensure_future(whole())
         try:
@@ -179,8 +186,14 @@ class _Cluster:
             dtype=options.dtype,
             device=options.device,
             kernels=options.kernels,
+            cuda_graphs=options.cuda_graphs,
             threads=options.threads,
+            cores=options.cores[name],
+            kv_cache_dtype=options.kv_cache_dtype,
             kv_tokens=options.kv_tokens,
+            kv_memory_fraction=options.kv_memory_fraction,
+            memory_bytes=self._memory_bytes,
+            memory_share=1 / len(options.instances),
             block_size=options.block_size,
             max_model_len=options.max_model_len,
             tp=options.layout(role)[0],
@@ -243,7 +256,17 @@ class _Cluster:
 
     def _announce(self, running: RunningGateway, supervisor: Supervisor, start_s: float) -> None:
         facts = ready_facts(self._options, running.ports(), [dict(k.facts) for k in supervisor.kept.values()], start_s)
+        facts["startup_s"] = self._phases
         print(json.dumps(facts) if self._options.print_ready else ready_words(facts), flush=True)
+
+
+def memory_of_each(options: ServeOptions) -> int | None:
+    """An equal part of what is free on this host now; None where instances keep their KV elsewhere, or nobody knows.
+
+    Shared out before any of them takes its own, and the same for one that is started again.
+    """
+    free = free_of_host() if options.device == "cpu" else None
+    return free // len(options.instances) if free is not None else None
 
 
 def internal_security(options: ServeOptions) -> SecurityOptions:

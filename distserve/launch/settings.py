@@ -69,6 +69,7 @@ class Words:
     helps: Mapping[str, str] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where the key is not the field's own name
+    automatic: tuple[str, ...] = ()  # fields whose None is spelt "auto"
     hidden: Mapping[str, str] = dataclasses.field(default_factory=dict)  # no option; the value says why
 
 
@@ -95,10 +96,11 @@ def _setting(cls: Any, field: dataclasses.Field[Any], hint: Any, path: str, word
     optional, inner = _unwrapped(hint)
     is_enum = isinstance(inner, type) and issubclass(inner, Enum)
     parse = _parser(inner)
+    nothing = (*_NOTHING, "auto") if field.name in words.automatic else _NOTHING
     return Setting(
         path=path,
         key=_about(words.keys, cls, field.name) or field.name.removesuffix("_s").replace("_", "-"),
-        parse=(lambda text: None if text.lower() in _NOTHING else parse(text)) if optional else parse,
+        parse=(lambda text: None if text.lower() in nothing else parse(text)) if optional else parse,
         default=field.default,
         help=_about(words.helps, cls, field.name) or "",
         choices=tuple(str(m.value) for m in inner) if is_enum else _about(words.choices, cls, field.name) or (),

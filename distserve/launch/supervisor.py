@@ -123,6 +123,7 @@ class Supervisor:
                         kept.facts = {k: v for k, v in line.items() if k not in ("event", "kind")}
                     case "joined":
                         kept.joined = True
+                        kept.facts |= {"startup_s": line.get("startup_s", {})}
                         if all(each.joined for each in self.kept.values()):
                             self.complete.set()
                         self._changed()

@@ -11,7 +11,7 @@ from typing import Any
 from distserve.controller.options import ControllerOptions
 from distserve.gateway.options import GatewayOptions
 from distserve.instance.options import InstanceOptions
-from distserve.launch.options import DTYPES, KERNELS, LEVELS, TRANSFERS, ServeOptions
+from distserve.launch.options import CUDA_GRAPHS, DTYPES, KERNELS, KV_DTYPES, LEVELS, TRANSFERS, ServeOptions
 from distserve.launch.settings import Setting, Words, settings_of
 
 SERVERS: dict[str, Any] = {
@@ -25,10 +25,15 @@ HELPS: dict[str, str] = {
     "model": "a Hugging Face directory, a .gguf file, random:CONFIG.json, or an alias such as smollm2-135m",
     "model_name": "what clients call the model (serve: by default the alias or the directory's name)",
     "tokenizer": "directory of the tokenizer, where the model has none (random:CONFIG.json)",
-    "dtype": "of weights, activations and KV",
+    "dtype": "of weights and activations",
+    "kv_cache_dtype": "of KV, if not --dtype's; fp8_e4m3: on a CPU, or a GPU of compute capability 8.9 or later",
     "device": "cpu, cuda, cuda:0, …",
-    "kernels": "who computes: native (C++, compiled for this CPU at first use), torch, or auto: native where possible",
-    "kv_tokens": "size of an instance's KV pool, in tokens",
+    "kernels": "who computes: native (C++, compiled for this CPU at first use), triton (GPU), torch; auto: by device",
+    "cuda_graphs": "on a GPU, decode steps recorded at the start and replayed in one launch (auto), or not (off)",
+    "kv_tokens": "size of an instance's KV pool, in tokens; auto (default): what memory holds and a batch can use",
+    "kv_memory_fraction": "part of the memory free beside the weights that an auto pool takes; default: 0.5, GPU 0.9",
+    "memory_bytes": "memory of this host for weights and KV; default: what is free (serve shares that out)",
+    "memory_share": "part of each GPU that is this instance's, where instances share them",
     "block_size": "tokens in a block of KV",
     "max_model_len": "longest prompt and answer together, in tokens; default: the model's own",
     "transfer": "how KV moves between instances; auto: shared memory on one host, gloo (CPU) or nccl (GPU) otherwise",
@@ -75,6 +80,8 @@ HELPS: dict[str, str] = {
     "ServeOptions.decode": "instances that write answers",
     "ServeOptions.mixed": "instances that do both, with chunked prefill",
     "ServeOptions.threads_per_rank": "threads of one rank's forward pass; default: cores / ranks",
+    "ServeOptions.pin": "keep each instance to cores of its own, where there are enough for all threads",
+    "cores": "cores that steps and KV copies keep to, as 0,1; default: any",
     "tp": "tensor parallel: ranks that share each layer's heads",
     "pp": "pipeline parallel: stages of layers, each of --tp ranks",
     "prefill_tp": "--tp of prefill instances, if it differs",
@@ -133,12 +140,20 @@ HELPS: dict[str, str] = {
 
 WORDS = Words(
     helps=HELPS,
-    choices={"dtype": DTYPES, "kernels": KERNELS, "transfer": TRANSFERS, "log_level": LEVELS},
+    choices={
+        "dtype": DTYPES,
+        "kv_cache_dtype": KV_DTYPES,
+        "kernels": KERNELS,
+        "cuda_graphs": CUDA_GRAPHS,
+        "transfer": TRANSFERS,
+        "log_level": LEVELS,
+    },
     keys={
         "InstanceConfig.lease_s": "ticket-lease",
         "GatewayOptions.journal": "journal",
         "GatewayConfig.first_token_timeout_s": "first-token-timeout",
     },
+    automatic=("kv_tokens",),
     hidden={
         "ready_fd": "an inherited descriptor, set by whoever starts the process",
         "parent_fd": "an inherited descriptor, set by whoever starts the process",
@@ -146,6 +161,7 @@ WORDS = Words(
         "cluster_secret": "from the environment only: a command line can be read by everybody",
         "control_tls": "follows from --controller-port",
         "Limits.default_timeout_s": "the gateway's own",
+        "Limits.unread_limit_s": "the gateway's own",
     },
 )
 

@@ -5,13 +5,13 @@ RMS norm, rotary positions, grouped attention, gated SiLU. Variants are in the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distserve.models.attention import paged_attention
+from distserve.models.attention import Angles, angles_of, attention
 from distserve.models.config import ModelConfig
 from distserve.models.errors import UnsupportedModel
 from distserve.models.rope import inverse_frequencies
@@ -46,17 +46,17 @@ class Llama:
         self.cos, self.sin = cos.to(device), sin.to(device)
         self._ops, self._eps, self._shard = ops, config.norm_eps, shard
 
-    def __call__(self, step: StepInput, kv: Sequence[LayerKv], before: Tensor | None = None) -> Tensor | None:
+    def __call__(self, step: StepInput, kv: Iterable[LayerKv], before: Tensor | None = None) -> Tensor | None:
         """Logits [sampled, vocab] of ``step.sample_rows``; None when no row is sampled.
 
         A later stage is given what the one before it returned, and all stages but the last return the residual stream
         [tokens, hidden].
         """
         residual = self._embed(step.token_ids) if before is None else before
-        cos, sin = self.cos.index_select(0, step.positions), self.sin.index_select(0, step.positions)
+        angles = angles_of(step, self.cos, self.sin)
         x = torch.zeros_like(residual)
         for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x, residual = layer(x, residual, cos, sin, step, layer_kv)
+            x, residual = layer(x, residual, angles, step, layer_kv)
         if not self._shard.last:
             return residual + x
         if step.sample_rows is None:
@@ -76,9 +76,7 @@ class Llama:
 class LlamaLayer:
     """One decoder layer. The residual stream travels beside ``x`` so that each norm adds and normalizes at once."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Weights, ops: Ops, index: int, shard: Shard = WHOLE
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, index: int, shard: Shard = WHOLE) -> None:
         at = f"model.layers.{index}"
         self.attention = LlamaAttention(config, weights, ops, f"{at}.self_attn", shard)
         self.mlp = LlamaMlp(config, weights, ops, f"{at}.mlp", shard)
@@ -87,10 +85,10 @@ class LlamaLayer:
         self._ops, self._eps = ops, config.norm_eps
 
     def __call__(
-        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, step: StepInput, kv: LayerKv
+        self, x: Tensor, residual: Tensor, angles: Angles, step: StepInput, kv: LayerKv
     ) -> tuple[Tensor, Tensor]:
         x, residual = self._ops.add_rms_norm(x, residual, self.input_norm, self._eps)
-        x = self.attention(x, cos, sin, step, kv)
+        x = self.attention(x, angles, step, kv)
         x, residual = self._ops.add_rms_norm(x, residual, self.post_norm, self._eps)
         return self.mlp(x), residual
 
@@ -98,9 +96,7 @@ class LlamaLayer:
 class LlamaAttention:
     """Grouped attention with rotary positions; Q, K and V are one matrix."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Weights, ops: Ops, at: str, shard: Shard = WHOLE
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, at: str, shard: Shard = WHOLE) -> None:
         self._heads, self._kv_heads, self._dim = config.heads, config.kv_heads, config.head_dim
         sizes = {"q_proj": config.heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
         self.qkv = Linear(
@@ -117,14 +113,13 @@ class LlamaAttention:
         self.qk_norm = self._qk_norm_weight(weights, at) if config.qk_norm else None
         self._ops, self._eps, self._scale = ops, config.norm_eps, config.head_dim**-0.5
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, step: StepInput, kv: LayerKv) -> Tensor:
+    def __call__(self, x: Tensor, angles: Angles, step: StepInput, kv: LayerKv) -> Tensor:
         tokens = x.shape[0]
         qkv = self.qkv(x).view(tokens, -1, self._dim)
-        rotated = qkv[:, : self._heads + self._kv_heads]
         if self.qk_norm is not None:
+            rotated = qkv[:, : self._heads + self._kv_heads]
             rotated.copy_(F.rms_norm(rotated, (self._dim,), None, self._eps).mul_(self.qk_norm))
-        self._ops.rotary_(rotated, cos, sin)
-        out = paged_attention(self._ops, qkv[:, : self._heads], qkv[:, self._heads :], step, kv, self._scale)
+        out = attention(self._ops, qkv, angles, step, kv, self._scale)
         return self.out(out.view(tokens, -1))
 
     def _qk_norm_weight(self, weights: Weights, at: str) -> Tensor:
@@ -137,9 +132,7 @@ class LlamaAttention:
 class LlamaMlp:
     """Gated SiLU; gate and up are one matrix."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Weights, ops: Ops, at: str, shard: Shard = WHOLE
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, at: str, shard: Shard = WHOLE) -> None:
         wide, hidden = config.intermediate, config.hidden
         self.gate_up = Linear(
             torch.cat([weights.take(f"{at}.{p}.weight", (wide, hidden)) for p in ("gate_proj", "up_proj")]),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distserve.models.attention import paged_attention
+from distserve.models.attention import attention
 from distserve.models.config import ModelConfig
 from distserve.models.shard import WHOLE, Shard
 from distserve.models.step import StepInput
@@ -45,7 +45,7 @@ class Opt:
             self.head = shard.head(Linear(head), config.vocab_size)
         self._shard = shard
 
-    def __call__(self, step: StepInput, kv: Sequence[LayerKv], before: Tensor | None = None) -> Tensor | None:
+    def __call__(self, step: StepInput, kv: Iterable[LayerKv], before: Tensor | None = None) -> Tensor | None:
         """Logits [sampled, vocab] of ``step.sample_rows``; None when no row is sampled.
 
         A later stage is given what the one before it returned, and all stages but the last return the residual stream
@@ -65,9 +65,7 @@ class Opt:
 class OptLayer:
     """Attention, then a two-matrix ReLU network, each behind its LayerNorm."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Weights, ops: Ops, at: str, shard: Shard = WHOLE
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, at: str, shard: Shard = WHOLE) -> None:
         hidden, wide, heads = config.hidden, config.intermediate, config.heads * config.head_dim
         self.qkv = _joined(weights, [f"{at}.self_attn.{p}_proj" for p in "qkv"], (heads, hidden), config.qkv_bias)
         self.out = shard.reduced(_joined(weights, [f"{at}.self_attn.out_proj"], (hidden, heads), config.output_bias))
@@ -75,13 +73,12 @@ class OptLayer:
         self.down = shard.reduced(_joined(weights, [f"{at}.fc2"], (hidden, wide), config.mlp_bias))
         self.attention_norm = LayerNorm(config, weights, f"{at}.self_attn_layer_norm")
         self.mlp_norm = LayerNorm(config, weights, f"{at}.final_layer_norm")
-        self._ops, self._heads, self._dim = ops, config.heads, config.head_dim
+        self._ops, self._dim = ops, config.head_dim
 
     def __call__(self, x: Tensor, step: StepInput, kv: LayerKv) -> Tensor:
         tokens = x.shape[0]
         qkv = self.qkv(self.attention_norm(x)).view(tokens, -1, self._dim)
-        q, new_kv = qkv[:, : self._heads], qkv[:, self._heads :]
-        attended = paged_attention(self._ops, q, new_kv, step, kv, self._dim**-0.5)
+        attended = attention(self._ops, qkv, None, step, kv, self._dim**-0.5)
         x = x + self.out(attended.view(tokens, -1))
         return x + self.down(F.relu(self.up(self.mlp_norm(x))))
 

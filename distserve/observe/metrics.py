@@ -27,6 +27,7 @@ from distserve.core.events import (
     StageFailed,
     StageSent,
     StageStored,
+    StepAbandoned,
     StepDone,
     StepFailed,
     Submitted,
@@ -174,6 +175,9 @@ class InstanceMetrics:
         self._kv_blocks = Gauge(
             "distserve_kv_blocks", "KV blocks by state of the ledger", [*self._labels, "state"], registry=registry
         )
+        self._startup = Gauge(
+            "distserve_startup_seconds", "Time to become ready, by phase", [*self._labels, "phase"], registry=registry
+        )
         self._preemptions = self._counter("num_preemptions", "Sequences that gave their KV up for others")
         self._stage_seconds = self._histogram("kv_transfer_seconds", "Time of a stage, sent to stored", LATENCY_BUCKETS)
         self._stage_bytes = self._histogram("kv_transfer_stage_bytes", "Bytes of a stage", BYTES_BUCKETS)
@@ -195,6 +199,8 @@ class InstanceMetrics:
         match event:
             case StepDone(number, _, seconds):
                 self._on_step(number, seconds)
+            case StepAbandoned(number):
+                self._steps.pop(number, None)
             case StepFailed(number):
                 self._steps.pop(number, None)
                 self._step_failures.inc()
@@ -218,6 +224,11 @@ class InstanceMetrics:
                     self._on_ended(move_id, "peer lost")
         for effect in effects:
             self._on_effect(effect, now)
+
+    def set_startup(self, by_phase: Mapping[str, float]) -> None:
+        """Seconds of each phase of this process's start, once it is over."""
+        for phase, seconds in by_phase.items():
+            self._startup.labels(**self._labels, phase=phase).set(seconds)
 
     def set_kv(self, by_state: Mapping[str, int]) -> None:
         """The ledger's count of blocks in each state, whenever the shell has it at hand."""

@@ -12,7 +12,7 @@ from typing import Any
 from distserve.core.types import Role
 from distserve.engine.config import EngineConfig
 from distserve.launch.cluster import Cluster
-from distserve.launch.options import served_name, usable_cores
+from distserve.launch.options import served_name
 from distserve.loadgen.client import Client
 from distserve.loadgen.http import Target
 from distserve.loadgen.machine import CpuWatch, hardware, versions
@@ -22,6 +22,7 @@ from distserve.profiling.bare import Bare, measure_bare
 from distserve.profiling.live import LiveFailed, measure_live
 from distserve.profiling.loaded import Loaded, measure_loaded, with_crowd, workload_for
 from distserve.profiling.prompts import Prompts
+from distserve_kernels.cores import usable_cores
 from distserve_planner.latency.profile import VERSION, LiveCost, Profile
 from distserve_planner.latency.regress import DECODE, PREFILL, fit_curve, range_of
 from distserve_planner.workload import Workload
@@ -91,7 +92,7 @@ def _fitted(wish: Wish, bare: Bare) -> Profile:
         dtype=wish.dtype,
         threads=wish.threads,
         instances=wish.instances,
-        cores=usable_cores(),
+        cores=len(usable_cores()),
         block_size=wish.block_size,
         kv_tokens=wish.kv_tokens,
         kv_bytes_per_token=bare.facts.kv_bytes_per_token,

@@ -20,20 +20,17 @@ import numpy as np
 from distserve.core.types import Role
 from distserve.launch.cluster import Cluster
 from distserve.loadgen.client import Client, Record
-from distserve.loadgen.goodput import Point
-from distserve.loadgen.goodput import search as search_goodput
 from distserve.loadgen.http import Target
 from distserve.loadgen.machine import CpuWatch, hardware, versions
 from distserve.loadgen.run import Progress, open_loop, warm_up
-from distserve.loadgen.stats import Slo as LoadSlo
-from distserve.loadgen.stats import summarize
+from distserve.profiling import goodput
+from distserve.profiling.goodput import Question, times
 from distserve.profiling.prompts import Prompts
 from distserve.sched.config import InstanceConfig
 from distserve_planner import workload as workloads
 from distserve_planner.latency.profile import Profile, read_profile
 from distserve_planner.plan import Plan
 from distserve_planner.refusal import CannotPlan
-from distserve_planner.selection.rates import Outcome, goodput
 from distserve_planner.simulation.deployment import limits
 from distserve_planner.simulation.result import SimulationResult, Slo
 from distserve_planner.simulation.shared import Machine, simulate_shared
@@ -45,16 +42,16 @@ _TIMEOUT_S = 600.0
 _ROUNDS = 6
 _NEAR = 0.005
 _PULSES, _PULSE_TOKENS, _APART_S = 6, 24, 30.0
-_GOODPUT_S = 30.0  # of arrivals in a point of the measured search
 Say = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """``points`` of attainment (0 to 100), and the relative difference of the medians."""
+    """``points`` of attainment (0 to 100), and the relative difference of the medians and of the goodput."""
 
     points: float = 5.0
     median: float = 0.15
+    goodput: float = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +126,11 @@ class Trial:
         return self.classes.loosest
 
     @property
+    def question(self) -> Question:
+        """Its requests and limits at any rate."""
+        return Question(self.workload, self.classes)
+
+    @property
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
         """[n] TTFT and [n] TPOT limits of the requests, seconds."""
         return self.classes.limits(self.classes.kinds(self.workload.jobs))
@@ -143,10 +145,15 @@ def beside(path: str, plan_path: Path) -> Path:
     return given if given.exists() or given.is_absolute() else plan_path.parent / given
 
 
-def machine_of(plan: Plan, profile: Profile) -> Machine:
-    """The plan's instances on the profiled machine. Raises CannotPlan or OutOfRange when it is not such a plan."""
+def check_here(plan: Plan) -> None:
+    """Raises CannotPlan for a plan that is not of one machine without GPUs."""
     if any(each.tp * each.pp > 1 or each.gpu != "cpu" for each in plan.instances):
         raise CannotPlan("this plan is of GPUs or of several ranks an instance; verify it where it is to run")
+
+
+def machine_of(plan: Plan, profile: Profile) -> Machine:
+    """The plan's instances on the profiled machine. Raises CannotPlan or OutOfRange when it is not such a plan."""
+    check_here(plan)
     tokens = min(each.kv_tokens for each in plan.instances)
     patient = limits(InstanceConfig().batching, batch=1, mixed=1, chunk=1, sequences=1, headroom=0.0)
     roles = tuple(Role(role) for role in plan.roles)
@@ -189,7 +196,8 @@ def verify(trial: Trial, say: Say) -> Verdict:
         result = simulate_shared(trial.machine, trial.workload)
         predicted = Figures.of(result.ttft_s(), result.tpot_s(), trial, rate)
         if trial.goodput:
-            predicted = replace(predicted, goodput=told_goodput(trial))
+            say("foretelling the goodput", 0.1)
+            predicted = replace(predicted, goodput=goodput.told(trial.question, trial.machine))
         watch = CpuWatch(tuple(cluster.ready["pids"]))
         records, found_goodput = asyncio.run(_run(client, trial, say))
         cores = watch.stop()
@@ -233,22 +241,15 @@ class VerifyFailed(RuntimeError):
     """The plan was started and could not be asked; the text is for the user."""
 
 
-def times(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """[n] TTFT and [n] TPOT in seconds, infinite where a request failed."""
-    ttft = np.array([r.ttft_s if r.ok else math.inf for r in records])
-    tpot = np.array([r.tpot_s if r.ok else math.inf for r in records])
-    return ttft, tpot
-
-
 async def _run(client: Client, trial: Trial, say: Say) -> tuple[list[Record], float | None]:
     prompts = Prompts(trial.model, trial.seed)
     asks = [prompts.ask(j.prompt, j.output, j.arrival_s) for j in trial.workload.jobs]
     if error := await warm_up(client, iter([prompts.ask(64, 8) for _ in range(_WARM_UP)]), _WARM_UP):
         raise VerifyFailed(f"the plan was started, but a warm-up request failed: {error}")
-    progress = Progress(changed=lambda p: say(f"replaying {p.done}/{p.total}", 0.1 + 0.9 * p.done / max(1, p.total)))
+    share = 0.4 if trial.goodput else 0.9
+    progress = Progress(changed=lambda p: say(f"replaying {p.done}/{p.total}", 0.1 + share * p.done / max(1, p.total)))
     records, _ = await open_loop(client, asks, progress)
-    found = await _measured_goodput(client, trial, prompts, say) if trial.goodput else None
-    return records, found
+    return records, await goodput.measured(trial.question, client, prompts, say) if trial.goodput else None
 
 
 def judge(predicted: Figures, measured: Figures, bounds: Bounds) -> Iterable[str]:
@@ -262,36 +263,12 @@ def judge(predicted: Figures, measured: Figures, bounds: Bounds) -> Iterable[str
         told, seen = getattr(predicted, f"{name}_p50_s"), getattr(measured, f"{name}_p50_s")
         if seen and abs(told / seen - 1) > bounds.median:
             yield f"median {name.upper()} is off by {told / seen - 1:+.0%} (bound {bounds.median:.0%})"
-
-
-# ── goodput, both ways ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def told_goodput(trial: Trial) -> float:
-    """The highest rate at which the simulation keeps to the targets."""
-    ttft, tpot = trial.limits
-
-    def outcome(rate: float) -> Outcome:
-        result = simulate_shared(trial.machine, trial.workload.at_rate(rate))
-        return Outcome(result.ttft_s() < ttft, result.tpot_s() < tpot)
-
-    return goodput(outcome, trial.slo.attainment, max(trial.workload.rate, 0.1)).rate
-
-
-async def _measured_goodput(client: Client, trial: Trial, prompts: Prompts, say: Say) -> float:
-    """The same by running: the trace's requests at other rates."""
-    limit = LoadSlo(trial.slo.ttft_s, trial.slo.tpot_s, attainment=trial.slo.attainment)
-
-    async def point(rate: float, number: int) -> Point:
-        say(f"goodput: {rate:.2f} req/s", 1.0)
-        jobs = [j for j in trial.workload.at_rate(rate).jobs if j.arrival_s <= _GOODPUT_S]
-        asks = [prompts.ask(j.prompt, j.output, j.arrival_s) for j in jobs]
-        records, wall_s = await open_loop(client, asks)
-        summary = summarize(records, limit, wall_s)
-        return Point(rate, summary.attained >= limit.attainment, False, summary)
-
-    found = await search_goodput(point, start=max(trial.workload.rate, 0.1), least=0.05, most=100.0, tolerance=0.1)
-    return found.rate
+    if predicted.goodput is not None and measured.goodput is not None:
+        if not measured.goodput:
+            yield f"no rate met the targets, and a goodput of {predicted.goodput:.2f} req/s was foretold"
+        elif abs(predicted.goodput / measured.goodput - 1) > bounds.goodput:
+            off = predicted.goodput / measured.goodput - 1
+            yield f"goodput is off by {off:+.0%} (bound {bounds.goodput:.0%})"
 
 
 # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -20,6 +20,7 @@ import torch
 
 from distserve.core.types import InstanceRef, Sampling, StepItem, StepPlan, Ticket
 from distserve.engine.config import EngineConfig
+from distserve.engine.native import native_copies
 from distserve.engine.runner import Engine
 from distserve.profiling.shapes import Shape
 from distserve.transfer import Mover, StageSent
@@ -167,6 +168,7 @@ class _Served:
             fingerprint="profile",
             report=self._events.put,
             kind=kind,
+            native=native_copies("auto"),
         )
         return True, self._mover.address
 

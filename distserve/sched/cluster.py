@@ -135,6 +135,11 @@ class ClusterState:
                     f"{member.ref} serves {member.spec.name!r} with weights {member.spec.fingerprint}, but {theirs}"
                     f" under that name; KV cannot move between them"
                 )
+            if other.member.spec.kv_dtype != member.spec.kv_dtype:
+                return (
+                    f"{member.ref} keeps KV in {member.spec.kv_dtype}, but {other.member.ref} in "
+                    f"{other.member.spec.kv_dtype}; start both with the same --kv-cache-dtype"
+                )
         return ""
 
     def _leave(self, ref: InstanceRef, *, announce: bool = True) -> list[Effect]:

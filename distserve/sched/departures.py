@@ -88,9 +88,7 @@ class Departures:
 
     # ── start, pump, stop ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def begin(
-        self, sequence: Sequence, now: float, tries: int = 1, earlier: tuple[str, ...] = ()
-    ) -> list[Effect]:
+    def begin(self, sequence: Sequence, now: float, tries: int = 1, earlier: tuple[str, ...] = ()) -> list[Effect]:
         """Ask the sequence's decode instance for room. Called when its own blocks are secured (waits form no cycle)."""
         total = len(sequence.tokens) - (1 if sequence.phase is Phase.HANDOFF else 0)
         move = MoveOut(f"{sequence.id}/{sequence.epoch}/{tries}", sequence, sequence.decode, total, tries, now)

@@ -35,6 +35,7 @@ from distserve.core.events import (
     StageFailed,
     StageSent,
     StageStored,
+    StepAbandoned,
     StepDone,
     StepFailed,
     Submit,
@@ -44,6 +45,7 @@ from distserve.core.events import (
 )
 from distserve.core.types import Code, GatewayRef, InstanceRef, Load, Member, Token
 from distserve.sched.arrivals import Arrivals
+from distserve.sched.awaiting import Awaiting
 from distserve.sched.config import InstanceConfig
 from distserve.sched.departures import Departures
 from distserve.sched.lifecycle import InPhase, OutPhase, Phase
@@ -127,7 +129,7 @@ class InstanceState:
                 return self._on_parties(event, now)
 
     def _on_parties(self, event: InstanceEvent, now: float) -> list[Effect]:
-        """Gateways, peers and the controller coming and going; a failed step."""
+        """Gateways, peers and the controller coming and going; a step that failed or was given up."""
         match event:
             case GatewayAttached(gateway):
                 effects = self._gateway_lost(gateway, now) if gateway in self.gateways else []
@@ -143,6 +145,8 @@ class InstanceState:
                 return [e for ref in lost if ref != self.me for e in self._peer_lost(ref, "it left the cluster", now)]
             case StepFailed():
                 return self.steps.failed(event)
+            case StepAbandoned():
+                return self.steps.abandoned(event)
             case Welcomed() | JoinRefused() | JoinAsked() | ControllerLost() | ControllerFound():
                 return []
             case _:
@@ -347,6 +351,10 @@ class InstanceState:
     def idle(self) -> bool:
         """Nothing held for anybody."""
         return not self.residents.sequences and not self.arrivals.moves and not self.steps.running
+
+    def awaiting(self) -> Awaiting:
+        """Who waits for the outstanding step now: with nobody left it may be given up (``StepAbandoned``)."""
+        return self.steps.awaiting()
 
     def load(self) -> Load:
         residents = self.residents

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distserve.core.effects import Effect, RunStep, Send
-from distserve.core.events import SequenceOutput, StepDone, StepFailed, TokensMade
+from distserve.core.events import SequenceOutput, StepAbandoned, StepDone, StepFailed, TokensMade
 from distserve.core.types import Code, FinishReason, GatewayRef, InstanceRef, StepPlan, Timings, Token
+from distserve.sched.awaiting import Awaiting
 from distserve.sched.departures import Departures
 from distserve.sched.lifecycle import Phase
 from distserve.sched.residents import Residents
@@ -66,6 +67,11 @@ class Steps:
             else:
                 chunks.append((planned.count, sequence.computed))
         return StepShape(tuple(chunks), decodes, context)
+
+    def awaiting(self) -> Awaiting:
+        """Who waits for the outstanding step now."""
+        here = (part.sequence for part in self._planned if part.sequence.phase is not Phase.ENDED)
+        return Awaiting(self.count, {s.id: (s.gateway, s.epoch) for s in here})
 
     def sampling(self) -> tuple[str, ...]:
         """Request ids of the outstanding step that will sample a token, in item order."""
@@ -273,3 +279,15 @@ class Steps:
                 message = f"a forward pass on {self.me} failed: {event.message}"
                 effects += self.residents.fail(sequence, Code.INTERNAL, message, retriable=True, culprit=self.me)
         return effects
+
+    def abandoned(self, event: StepAbandoned) -> list[Effect]:
+        """Nothing of the step was computed: who left it meanwhile frees its blocks, who is still here is planned again.
+
+        What the step may have written lies past every ``computed``, where nobody reads it and the next step writes.
+        """
+        if self._step is None or event.number != self._step.number:
+            self.ignored += 1
+            return []
+        self._planned, self._step = [], None
+        self.residents.end_step()
+        return []

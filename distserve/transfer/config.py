@@ -29,16 +29,17 @@ class TransferConfig:
     bind_host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
     advertise_host: str = ""  # what ``Mover.address`` says; empty: bind_host
-    slice_bytes: int = 512 << 10  # what one checksum covers, at most; small, to stay in a core's cache
+    slice_bytes: int = 1 << 20  # what one checksum covers, at most; small, to stay in a core's cache
     shm_piece_bytes: int = 1536 << 10  # payload of a piece, about: whole blocks, or whole rows of a larger block
     shm_slots: int = 4  # pieces in flight over shared memory; few, so that they stay in the cache
-    group_piece_bytes: int = 4 << 20  # as above, over a process group; large, for each piece wakes four threads
+    group_piece_bytes: int = 3 << 20  # as above, over a process group; large, for each piece wakes four threads
     group_slots: int = 4
     checksum: bool = True  # off only to measure what it costs: a destination that has it on takes no stage without
     handshake_s: float = 15.0  # to dial, agree and open a lane; where no name server answers, 5 s are lost
     stall_s: float = 5.0  # without progress within a stage: the link is dropped
     stage_s: float = 60.0  # from send_stage to its event, waiting its turn included
     idle_s: float = 300.0  # a link unused for so long is closed
+    cores: tuple[int, ...] = ()  # that the mover's threads keep to; none: any
     keys: tuple[bytes, ...] = field(default=(), repr=False)  # of the cluster secret; a peer must know one
     max_links: int = 256  # links that may come in; more are refused
     faults: FaultInjector = field(default_factory=FaultInjector)

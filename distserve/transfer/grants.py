@@ -17,8 +17,8 @@ from distserve.core.types import Ticket
 from distserve.kv.shard import KvPart
 from distserve.transfer.layout import Slice
 from distserve.transfer.stage import StageHead
-from distserve_kernels.kv_copy import Bytes, PagedBytes
-from distserve_kernels.kv_window import PagedWindow
+from distserve_kernels.checksum import Bytes
+from distserve_kernels.kv_part import PagedPart, StagedSlice
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +27,7 @@ class Grant:
 
     ticket: Ticket
     blocks: tuple[int, ...]
-    pool: PagedBytes | PagedWindow  # of the part
+    pool: PagedPart  # of the part
     filled: int
     complete: bool = False  # the final stage is stored
     closed: bool = False
@@ -79,7 +79,7 @@ class Stored:
 class Grants:
     """All open tickets of one destination pool, which holds ``whole`` of the model's KV. Thread-safe."""
 
-    def __init__(self, pool: PagedBytes, whole: KvPart) -> None:
+    def __init__(self, pool: PagedPart, whole: KvPart) -> None:
         self._pool = pool
         self._whole = whole
         self._open: dict[str, _Open] = {}
@@ -124,7 +124,7 @@ class Grants:
         for move_id in moves:
             self.close(move_id)
 
-    def begin(self, head: StageHead, part: KvPart, pool: PagedBytes | PagedWindow) -> Grant | str:
+    def begin(self, head: StageHead, part: KvPart, pool: PagedPart) -> Grant | str:
         """The grant under which the stage may write ``part`` from now on, or the sentence that refuses it."""
         with self._lock:
             opened = self._open.get(head.move_id)
@@ -142,13 +142,13 @@ class Grants:
             grant.writer = head
         return grant
 
-    def write(self, grant: Grant, head: StageHead, span: Slice, staged: Bytes) -> str:
-        """Write one verified slice into the pool, or say why it may not be."""
+    def write(self, grant: Grant, head: StageHead, span: Slice, staged: Bytes, ahead: StagedSlice | None) -> int | str:
+        """Write one verified slice into the pool; returns the checksum of the one ``ahead``. Or why it may not be."""
         with grant.lock:
             if grant.writer is not head:
                 return "the ticket was closed meanwhile" if grant.closed else "a later stage took the ticket over"
-            grant.pool.scatter(grant.blocks, staged, head.block_size, span.first_token, span.start, span.end, span.rows)
-        return ""
+            place = (head.block_size, span.first_token, span.start, span.end, span.rows)
+            return grant.pool.scatter(grant.blocks, staged, *place, ahead)
 
     def finish(self, grant: Grant, head: StageHead, nbytes: int) -> Stored | str:
         """All slices of the stage are written: the next stage starts at its end. Or why it does not count."""

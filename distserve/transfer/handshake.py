@@ -239,9 +239,7 @@ def accept(
         return link
 
 
-def _agree(
-    me: Identity, channel: Channel, config: TransferConfig, ticket_of: Callable[[str], Ticket | None]
-) -> Link:
+def _agree(me: Identity, channel: Channel, config: TransferConfig, ticket_of: Callable[[str], Ticket | None]) -> Link:
     deadline = time.monotonic() + config.handshake_s
     frame = channel.receive(config.handshake_s)
     if not frame.HasField("hello"):

@@ -10,12 +10,12 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from distserve.core.types import InstanceRef
 from distserve.kv.shard import KvPart
-from distserve.transfer.checksum import digest, slice_seed, stage_seed
+from distserve.transfer.checksum import slice_seed, stage_seed
 from distserve.transfer.config import TransferConfig
 from distserve.transfer.counts import Counts
 from distserve.transfer.errors import Garbled, TransferError
@@ -25,8 +25,9 @@ from distserve.transfer.handshake import Identity, Link, accept
 from distserve.transfer.layout import Slice, cut
 from distserve.transfer.stage import StageHead
 from distserve.v1 import transfer_pb2 as pb
-from distserve_kernels.kv_copy import Bytes, PagedBytes
-from distserve_kernels.kv_window import PagedWindow
+from distserve_kernels.checksum import Bytes
+from distserve_kernels.cores import keep_to
+from distserve_kernels.kv_part import PagedPart, StagedSlice
 
 
 @dataclass(slots=True)
@@ -38,17 +39,25 @@ class _Arriving:
     grant: Grant
     seed: int
     checksum: bool
-    slices: Iterator[Slice]
-    next: Slice | None
-    index: int = 0  # of ``next``
+    slices: deque[Slice]  # not stored yet
+    index: int = 0  # of the first of them
     nbytes: int = 0  # stored
 
+    def cut(self, nbytes: int, staged: Bytes) -> deque[tuple[Slice, StagedSlice]]:
+        """The next slices, as many as are whole in a staged piece of so many bytes."""
+        found: deque[tuple[Slice, StagedSlice]] = deque()
+        at = 0
+        for index, each in enumerate(self.slices, self.index):
+            if at + each.nbytes > nbytes:
+                break
+            found.append((each, StagedSlice(staged[at : at + each.nbytes], slice_seed(self.seed, index))))
+            at += each.nbytes
+        return found
+
     def advance(self) -> None:
-        """The next slice is stored."""
-        assert self.next is not None
-        self.nbytes += self.next.nbytes
+        """The first slice is stored."""
+        self.nbytes += self.slices.popleft().nbytes
         self.index += 1
-        self.next = next(self.slices, None)
 
 
 class Inbound:
@@ -58,7 +67,7 @@ class Inbound:
         self,
         me: Identity,
         sock: socket.socket,
-        window: Callable[[KvPart], PagedBytes | PagedWindow],
+        window: Callable[[KvPart], PagedPart],
         grants: Grants,
         report: Callable[[MoverEvent], None],
         counts: Counts,
@@ -89,6 +98,7 @@ class Inbound:
             return  # closed or broken already: the thread is on its way out
 
     def _run(self) -> None:
+        keep_to(self._config.cores)
         try:
             link = accept(self._me, self._sock, self._config, self._grants.ticket)
         except TransferError as error:
@@ -147,9 +157,8 @@ class Inbound:
         if isinstance(grant, str):
             self._refuse(link, begin.stage, Reason.TICKET, grant)
             return
-        slices = cut(link.source_layout, head.start, head.end, link.slice_bytes)
-        seed = stage_seed(head.seed())
-        self._arriving = _Arriving(begin.stage, head, grant, seed, begin.checksum, slices, next(slices, None))
+        slices = deque(cut(link.source_layout, head.start, head.end, link.slice_bytes))
+        self._arriving = _Arriving(begin.stage, head, grant, stage_seed(head.seed()), begin.checksum, slices)
 
     def _expect(self, link: Link, piece: pb.TransferPiece) -> None:
         """Let an announced piece come into its slot."""
@@ -172,33 +181,37 @@ class Inbound:
             if refusal[0] is not Reason.TICKET:
                 self._corrupt(arriving, refusal[1])
             self._refuse(link, arriving.number, *refusal)
-        elif arriving and arriving.next is None:
+        elif arriving and not arriving.slices:
             self._finish(link, arriving)
         elif self._pieces - self._told >= max(1, len(link.lane.slots) // 2):
             self._told = self._pieces
             link.channel.send(pb.TransferFrame(consumed=pb.TransferConsumed(pieces=self._pieces)))
 
     def _store(self, arriving: _Arriving, piece: pb.TransferPiece, staged: Bytes) -> tuple[Reason, str] | None:
-        """Verify a piece in staging slice by slice, and let the grant write each that is sound; or why not."""
+        """Let the grant write each sound slice of a piece in staging, while the next one is verified; or say why not.
+
+        A slice is written only after it was verified: what is summed up during a write is the slice after it.
+        """
         if piece.index != arriving.index:
             return Reason.PROTOCOL, f"slice {piece.index} came when {arriving.index} was next"
-        at = 0
-        checksums = iter(piece.checksums)
-        while at < piece.nbytes:
-            each, index = arriving.next, arriving.index
-            if each is None or at + each.nbytes > piece.nbytes:
-                return Reason.CHECKSUM, f"the piece of slice {piece.index} has a wrong length, {piece.nbytes} bytes"
-            sound = staged[at : at + each.nbytes]
-            if arriving.checksum:
-                found, said = digest(sound, slice_seed(arriving.seed, index)), next(checksums, None)
-                if found != said:
-                    return Reason.CHECKSUM, f"slice {index} has the checksum {found:016x}, not the one it was sent with"
-            if why := self._grants.write(arriving.grant, arriving.head, each, sound):
-                return Reason.TICKET, why
-            at += each.nbytes
+        waiting = arriving.cut(piece.nbytes, staged)
+        if sum(each.nbytes for each, _ in waiting) != piece.nbytes:
+            return Reason.CHECKSUM, f"the piece of slice {piece.index} has a wrong length, {piece.nbytes} bytes"
+        if arriving.checksum and len(waiting) != len(piece.checksums):
+            return Reason.CHECKSUM, f"the piece of slice {piece.index} has {len(piece.checksums)} checksums"
+        found = waiting[0][1].digest() if arriving.checksum else 0
+        said = iter(piece.checksums)
+        while waiting:
+            each, here = waiting.popleft()
+            if arriving.checksum and found != next(said):
+                index = arriving.index
+                return Reason.CHECKSUM, f"slice {index} has the checksum {found:016x}, not the one it was sent with"
+            ahead = waiting[0][1] if waiting and arriving.checksum else None
+            written = self._grants.write(arriving.grant, arriving.head, each, here.staged, ahead)
+            if isinstance(written, str):
+                return Reason.TICKET, written
+            found = written
             arriving.advance()
-        if next(checksums, None) is not None:
-            return Reason.CHECKSUM, f"the piece of slice {piece.index} is short of slices, at {piece.nbytes} bytes"
         return None
 
     def _finish(self, link: Link, arriving: _Arriving) -> None:

@@ -16,7 +16,7 @@ from distserve.kv.shard import KvPart
 MAX_SLOT_BYTES = 64 << 20
 """A row that needs a larger staging slot is refused at the handshake."""
 
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True, slots=True)

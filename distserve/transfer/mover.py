@@ -11,6 +11,7 @@ Threads: one that accepts, one for each link that comes in, one for each rank th
 
 from __future__ import annotations
 
+import ctypes
 import selectors
 import socket
 import threading
@@ -36,6 +37,7 @@ from distserve.transfer.outbound import Outbound
 from distserve.transfer.sender import Reading, Stage
 from distserve.transfer.tally import SendTally
 from distserve_kernels.kv_copy import PagedBytes
+from distserve_kernels.kv_part import PagedPart
 from distserve_kernels.kv_window import PagedWindow
 
 
@@ -44,7 +46,7 @@ class Mover:
 
     ``pool`` is the instance's KV, ``[num_blocks, layers, 2, kv_heads, block_size, head_dim]``; where it is cut over
     ranks, that of ``rank`` under ``cut``, and a stage is this rank's part of it. ``report`` is called from the mover's
-    threads, must be quick and must not call back into the mover.
+    threads, must be quick and must not call back into the mover. ``native`` is the library that copies faster.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Mover:
         config: TransferConfig | None = None,
         cut: KvCut | None = None,
         rank: int = 0,
+        native: ctypes.CDLL | None = None,
     ) -> None:
         self._config = config or TransferConfig()
         layout = Layout.of(pool, block_size)
@@ -71,7 +74,7 @@ class Mover:
         whole = replace(layout, layers=cut.layers, kv_heads=cut.kv_heads)
         self._me = Identity(me, fingerprint, whole, _checked_kind(kind, pool), pool.device, cut, rank)
         self._tensor = pool
-        self._pool = PagedBytes(pool)
+        self._pool = PagedBytes(pool, native)
         self._report = report
         self._counts = Counts()
         self._grants = Grants(self._pool, self._part)
@@ -215,7 +218,7 @@ class Mover:
                     outbound.close(Reason.CLOSED)
         return found
 
-    def _window(self, part: KvPart) -> PagedBytes | PagedWindow:
+    def _window(self, part: KvPart) -> PagedPart:
         """A part of our own KV, as bytes."""
         if part == self._part:
             return self._pool

@@ -22,8 +22,8 @@ from distserve.transfer.errors import NoTicket, TransferError
 from distserve.transfer.events import MoverEvent, Reason, StageFailed, StageSent
 from distserve.transfer.handshake import Identity, dial
 from distserve.transfer.sender import Aborted, Ended, Sender, Stage
-from distserve_kernels.kv_copy import PagedBytes
-from distserve_kernels.kv_window import PagedWindow
+from distserve_kernels.cores import keep_to
+from distserve_kernels.kv_part import PagedPart
 
 
 class Outbound:
@@ -38,7 +38,7 @@ class Outbound:
         destination: InstanceRef,
         route: Route,
         parallel: Parallel,
-        pool: PagedBytes | PagedWindow,
+        pool: PagedPart,
         report: Callable[[MoverEvent], None],
         counts: Counts,
         config: TransferConfig,
@@ -79,6 +79,7 @@ class Outbound:
             self._turn.notify()
 
     def _run(self) -> None:
+        keep_to(self._config.cores)
         sender: Sender | None = None
         while True:
             stage = self._next()

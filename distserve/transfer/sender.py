@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from distserve.core.types import Ticket
-from distserve.transfer.checksum import digest, slice_seed, stage_seed
+from distserve.transfer.checksum import slice_seed, stage_seed
 from distserve.transfer.config import TransferConfig
 from distserve.transfer.errors import Garbled, Stalled
 from distserve.transfer.events import Reason
@@ -20,8 +20,8 @@ from distserve.transfer.handshake import Link
 from distserve.transfer.layout import Slice, cut, pieces
 from distserve.transfer.stage import StageHead
 from distserve.v1 import transfer_pb2 as pb
-from distserve_kernels.kv_copy import Bytes, PagedBytes
-from distserve_kernels.kv_window import PagedWindow
+from distserve_kernels.checksum import Bytes
+from distserve_kernels.kv_part import PagedPart
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -67,7 +67,7 @@ class Aborted(Exception):
 class Sender:
     """One open link, seen by the thread that sends on it."""
 
-    def __init__(self, link: Link, pool: PagedBytes | PagedWindow, config: TransferConfig) -> None:
+    def __init__(self, link: Link, pool: PagedPart, config: TransferConfig) -> None:
         self.link = link
         self._pool = pool
         self._config = config
@@ -122,12 +122,13 @@ class Sender:
         nbytes, checksums = 0, []
         for index, each in enumerate(slices, first):
             room = staged[nbytes : nbytes + each.nbytes]
+            summed = slice_seed(seed, index) if self._config.checksum else None
             with stage.reading.lock:
                 if stage.reading.aborted:
                     raise Aborted
-                self._pool.gather(stage.blocks[each.low : each.high], room, each.rows)
+                checksum = self._pool.gather(stage.blocks[each.low : each.high], room, each.rows, summed)
             if self._config.checksum:
-                checksums.append(digest(room, slice_seed(seed, index)))  # while it is in the cache
+                checksums.append(checksum)
             nbytes += each.nbytes
         faults.on_staged(stage.ticket, first, staged[:nbytes])
         sent = faults.piece_bytes(stage.ticket, first, nbytes)

@@ -30,6 +30,7 @@ class _Attachment:
     outbox: Outbox[Event]
     talk: asyncio.Task[None]
     replaced: bool = False
+    ended: bool = False  # by us
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -116,6 +117,9 @@ class Attachments(Generic[P]):
             why = sentence(error)
             if mine.replaced and not _is_cancelled():
                 raise Replaced(f"{party} has attached again, which ends this stream") from None
+            if mine.ended and not _is_cancelled():
+                why = "we are leaving"
+                return
             raise
         except BaseException as error:
             why = sentence(error)
@@ -126,6 +130,13 @@ class Attachments(Generic[P]):
             if not mine.replaced:
                 went(why)
             mine.gone.set()
+
+    async def end(self) -> None:
+        """End every stream well, and wait until it has ended: before the server stops, which would break them."""
+        for attachment in list(self._attached.values()):
+            attachment.ended = True
+            attachment.talk.cancel()
+            await attachment.gone.wait()
 
     async def emptied(self) -> None:
         """Wait until all that was queued is written."""

@@ -14,9 +14,33 @@ import torch
 log = logging.getLogger(__name__)
 
 
-def triton_serves(device: torch.device) -> bool:
-    """Whether the Triton kernels are to be used for tensors of ``device``."""
-    return device.type == "cuda" and _triton_is_here(device.type)
+class TritonUnavailable(RuntimeError):
+    """Triton was asked for and cannot serve; the text says why, and fits after "but"."""
+
+
+def triton_serves(device: torch.device, asked: str = "auto") -> bool:
+    """Whether the Triton kernels are to be used for tensors of ``device``.
+
+    ``asked``: "triton" means these or an error (TritonUnavailable), on a CPU too where Triton's interpreter is on;
+    "auto" means these on a GPU, if they can; anything else means others.
+    """
+    if asked == "triton":
+        return _must_serve(device)
+    return asked == "auto" and device.type == "cuda" and _triton_is_here(device.type)
+
+
+def _must_serve(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        raise TritonUnavailable("Triton is not installed (pip install triton)")
+    if device.type != "cuda" and not _interpreted():
+        raise TritonUnavailable(f"they run on a GPU, not on {device.type} (TRITON_INTERPRET=1 interprets them, slowly)")
+    return True
+
+
+def _interpreted() -> bool:
+    from distserve_kernels.triton.tuning import interpreted  # needs Triton
+
+    return interpreted()
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distserve_kernels.paged import DecodeGroup, LayerKv
+from distserve_kernels.stored import take_rows
 
 FUSED_SEQUENCES = 2
 """Up to here torch's fused kernel is faster (fewer calls), above it the batched products are (better arithmetic)."""
@@ -29,7 +30,7 @@ def _group(q: Tensor, layer: LayerKv, group: DecodeGroup, scale: float) -> Tenso
     """Attention of one group. q: [count, heads, dim]."""
     count, heads, dim = q.shape
     kv_heads = layer.kv_heads
-    gathered = layer.block_rows.index_select(0, group.gather).view(2, count * kv_heads, -1, dim)
+    gathered = take_rows(layer.block_rows, group.gather, q.dtype).view(2, count * kv_heads, -1, dim)
     keys, values = gathered[0], gathered[1]
     rows = q.reshape(count * kv_heads, heads // kv_heads, dim)
     if count <= FUSED_SEQUENCES:

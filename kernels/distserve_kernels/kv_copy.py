@@ -1,86 +1,45 @@
-"""Copies between a paged KV pool and contiguous staging memory, in bytes.
+"""Copies between all layers and heads of a paged KV pool and staging: a block is one run of bytes there, and blocks of
+adjacent ids are one larger run.
 
-pool:    [num_blocks, layers, 2, kv_heads, block_size, head_dim], contiguous; one block is one run of bytes, and
-         blocks of adjacent ids are one larger run.
-staging: bytes; whole blocks one after another, each laid out like a block of the pool it came from; or some of the
-         rows of one block, where a row is what a block holds for one (layer, k or v, head): block_size tokens.
-
-Tokens are addressed by their position in the sequence; position p is in entry p // block_size of the block table. The
-two ends may use different block sizes: the tokens that a row has in common with the same row of another block are then
-copied row by row.
-
-On a CPU the copies go through NumPy views of the same memory: one memcpy a run, on the calling thread and without the
-GIL, whereas torch would start a pool of threads for each thread that copies. On other devices they are torch copies.
-Knows no tickets, no sockets and no checksums.
+With the native library, whole blocks are copied and summed up in one pass over memory: the source sums what it copies,
+and the destination sums what it is to write next while it writes what it has verified. Without it, or where blocks
+are cut differently at the two ends, a copy and a checksum are two passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import ctypes
+from array import array
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-Bytes = Any
-"""A uint8 array: numpy.ndarray for memory of the host, torch.Tensor for a device's. Both slice and assign alike."""
+from distserve_kernels.checksum import Bytes
+from distserve_kernels.kv_part import PagedPart, Rows, StagedSlice, byte_view, runs, shared_spans
+from distserve_kernels.native.abi import COPY_UNIT, SHORTEST_SUM
 
 _GATHER_BYTES = 512 << 10
 """A larger copy would bypass the cache (memcpy's non-temporal stores), but staging is read again at once."""
 
 
-def byte_view(tensor: Tensor, *shape: int) -> Bytes:
-    """The tensor's own memory as uint8, reshaped; no copy. The tensor must be contiguous."""
-    flat = tensor.detach().view(torch.uint8).view(*shape)
-    return flat.numpy() if flat.device.type == "cpu" else flat
+class PagedBytes(PagedPart):
+    """A whole pool. With a ``native`` library (``distserve_kernels.native.library``) for what is faster with it."""
 
+    def __init__(self, pool: Tensor, native: ctypes.CDLL | None = None) -> None:
+        super().__init__(pool)
+        self._blocks = byte_view(pool, self.num_blocks, self.block_bytes)
+        self._tokens = byte_view(pool, self.num_blocks, self.rows, self.block_size, self.token_bytes)
+        self._memory = pool.data_ptr()
+        self._native = native if self.on_host and self.block_bytes % COPY_UNIT == 0 else None
 
-class PagedBytes:
-    """A pool seen as bytes: what can be gathered from it and scattered into it.
-
-    Stateless beyond the views; who may touch which block, and when, is the caller's concern.
-    """
-
-    def __init__(self, pool: Tensor) -> None:
-        if pool.dim() != 6 or not pool.is_contiguous():
-            raise ValueError(
-                "a KV pool is one contiguous tensor [num_blocks, layers, 2, kv_heads, block_size, head_dim], "
-                f"not {tuple(pool.shape)}"
-            )
-        blocks, layers, pair, heads, block_size, head_dim = pool.shape
-        self.num_blocks = blocks
-        self.block_size = block_size
-        self.rows = layers * pair * heads
-        self.token_bytes = head_dim * pool.element_size()  # in one row
-        self.row_bytes = block_size * self.token_bytes
-        self.block_bytes = self.rows * self.row_bytes
-        self.on_host = pool.device.type == "cpu"
-        self._blocks = byte_view(pool, blocks, self.block_bytes)
-        self._tokens = byte_view(pool, blocks, self.rows, block_size, self.token_bytes)
-
-    def staging(self, memory: Tensor) -> Bytes:
-        """Staging memory (a flat uint8 tensor) in the form that gather and scatter take."""
-        return memory.numpy() if self.on_host else memory
-
-    def gather(self, blocks: Sequence[int], out: Bytes, rows: tuple[int, int] | None = None) -> int:
-        """Copy whole blocks, in this order, to the front of ``out``; or of one block the ``rows`` [low, high).
-
-        Returns the bytes written.
-        """
-        if rows is not None:
-            (block,) = blocks
-            low, high = rows[0] * self.row_bytes, rows[1] * self.row_bytes
-            out[: high - low] = self._blocks[block, low:high]
-            return high - low
-        at = 0
-        for first, count in runs(blocks):
-            run = self._blocks[first : first + count].reshape(-1)
-            step = _GATHER_BYTES if self.on_host else len(run)
-            for low in range(0, len(run), step):
-                part = run[low : low + step]
-                out[at : at + len(part)] = part
-                at += len(part)
-        return at
+    def gather(self, blocks: Sequence[int], out: Bytes, rows: Rows | None = None, seed: int | None = None) -> int:
+        """See the base class."""
+        if self._native is None or seed is None:
+            return super().gather(blocks, out, rows, seed)
+        if self._nbytes(blocks, rows) > len(out):
+            raise ValueError(f"{len(blocks)} blocks do not fit staging of {len(out)} bytes")
+        spans = self._spans(blocks, rows)
+        return int(self._native.ds_gather(self._memory, _at(spans), len(spans) // 2, _at_bytes(out), seed))
 
     def scatter(
         self,
@@ -90,26 +49,62 @@ class PagedBytes:
         first_token: int,
         start: int,
         end: int,
-        rows: tuple[int, int] | None = None,
+        rows: Rows | None = None,
+        ahead: StagedSlice | None = None,
+    ) -> int:
+        """See the base class."""
+        size = self.block_size
+        whole = staged_block_size == size and first_token == start and start % size == end % size == 0
+        if self._native is None or not whole or (ahead is not None and len(ahead.staged) < SHORTEST_SUM):
+            return super().scatter(table, staged, staged_block_size, first_token, start, end, rows, ahead)
+        blocks = table[start // size : end // size]
+        if self._nbytes(blocks, rows) > len(staged):
+            raise ValueError(f"{len(staged)} staged bytes are not tokens {start} to {end}")
+        spans = self._spans(blocks, rows)
+        next_bytes = (None, 0, 0) if ahead is None else (_at_bytes(ahead.staged), len(ahead.staged), ahead.seed)
+        return int(
+            self._native.ds_scatter(self._memory, _at(spans), len(spans) // 2, _at_bytes(staged), *next_bytes)
+        )  # fmt: skip
+
+    def _spans(self, blocks: Sequence[int], rows: Rows | None) -> array[int]:
+        """Offsets and lengths in the pool's memory, in turns."""
+        spans = array("q")
+        if rows is not None:
+            (block,) = blocks
+            spans.extend((block * self.block_bytes + rows[0] * self.row_bytes, (rows[1] - rows[0]) * self.row_bytes))
+        else:
+            for first, count in runs(blocks):
+                spans.extend((first * self.block_bytes, count * self.block_bytes))
+        return spans
+
+    def _read(self, blocks: Sequence[int], out: Bytes, rows: Rows | None) -> None:
+        if rows is not None:
+            (block,) = blocks
+            low, high = rows[0] * self.row_bytes, rows[1] * self.row_bytes
+            out[: high - low] = self._blocks[block, low:high]
+            return
+        at = 0
+        for first, count in runs(blocks):
+            run = self._blocks[first : first + count].reshape(-1)
+            step = _GATHER_BYTES if self.on_host else len(run)
+            for low in range(0, len(run), step):
+                part = run[low : low + step]
+                out[at : at + len(part)] = part
+                at += len(part)
+
+    def _write(
+        self, table: Sequence[int], staged: Bytes, size: int, first_token: int, span: tuple[int, int], rows: Rows | None
     ) -> None:
-        """Write tokens ``[start, end)`` from staging into the blocks of ``table``; no other byte of the pool changes.
-
-        ``table`` covers positions ``0 .. end`` in blocks of this pool. ``staged`` holds whole blocks of
-        ``staged_block_size`` tokens, or of one block the ``rows`` [low, high); its first token is position
-        ``first_token``.
-        """
-        if staged_block_size == self.block_size:
-            low, high = -(-start // self.block_size), end // self.block_size  # the whole blocks of the range
+        start, end = span
+        if size == self.block_size:
+            low, high = -(-start // size), end // size  # the whole blocks of the range
             if low < high:
-                at = low - first_token // self.block_size
-                self._write_blocks(table[low:high], staged, at, rows)
-                self._write_tokens(table, staged, staged_block_size, first_token, (start, low * self.block_size), rows)
-                start = high * self.block_size
-        self._write_tokens(table, staged, staged_block_size, first_token, (start, end), rows)
-        if not self.on_host:
-            torch.cuda.current_stream(self._blocks.device).synchronize()  # the caller gives staging back now
+                self._write_blocks(table[low:high], staged, low - first_token // size, rows)
+                self._write_tokens(table, staged, size, first_token, (start, low * size), rows)
+                start = high * size
+        self._write_tokens(table, staged, size, first_token, (start, end), rows)
 
-    def _write_blocks(self, blocks: Sequence[int], staged: Bytes, at: int, rows: tuple[int, int] | None) -> None:
+    def _write_blocks(self, blocks: Sequence[int], staged: Bytes, at: int, rows: Rows | None) -> None:
         """Write whole blocks of this pool's own size, the first being block ``at`` of staging: one copy a run."""
         if rows is not None:
             low, high = rows[0] * self.row_bytes, rows[1] * self.row_bytes
@@ -122,13 +117,7 @@ class PagedBytes:
             at += nbytes
 
     def _write_tokens(
-        self,
-        table: Sequence[int],
-        staged: Bytes,
-        size: int,
-        first_token: int,
-        span: tuple[int, int],
-        rows: tuple[int, int] | None,
+        self, table: Sequence[int], staged: Bytes, size: int, first_token: int, span: tuple[int, int], rows: Rows | None
     ) -> None:
         """Write the tokens of ``span`` row by row; staging holds blocks of ``size`` tokens."""
         if span[0] >= span[1]:
@@ -144,24 +133,11 @@ class PagedBytes:
             self._tokens[table[target], low:high, shift : shift + n] = source[block, :, offset : offset + n]
 
 
-def runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Coalesce a block table into runs ``(first id, count)`` of adjacent ids, in order."""
-    first, count = -1, 0
-    for block in blocks:
-        if block == first + count and count:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = block, 1
-    if count:
-        yield first, count
+def _at(numbers: array[int]) -> int:
+    """The address of the first number."""
+    return numbers.buffer_info()[0]
 
 
-def shared_spans(start: int, end: int, one: int, other: int) -> Iterator[tuple[int, int]]:
-    """Cut ``[start, end)`` at every block boundary of either block size."""
-    at = start
-    while at < end:
-        stop = min(end, (at // one + 1) * one, (at // other + 1) * other)
-        yield at, stop
-        at = stop
+def _at_bytes(staged: Bytes) -> int:
+    """The address of the first byte of a NumPy array."""
+    return int(staged.__array_interface__["data"][0])

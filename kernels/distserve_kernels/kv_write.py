@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from distserve_kernels.paged import LayerKv
+from distserve_kernels.stored import put_rows
 
 
 def kv_write(layer: LayerKv, rows: Tensor, kv: Tensor) -> None:
-    """Scatter ``kv`` into ``layer``'s rows, in place. No two tokens of a step share a row."""
-    layer.token_rows.index_copy_(0, rows, kv.reshape(-1, layer.head_dim))
+    """Scatter ``kv`` into ``layer``'s rows, in place and in their dtype. No two tokens of a step share a row."""
+    put_rows(layer.token_rows, rows, kv.reshape(-1, layer.head_dim))

@@ -15,6 +15,7 @@ from distserve_kernels.backend import triton_serves
 from distserve_kernels.decode_attention import decode_attention
 from distserve_kernels.kv_write import kv_write
 from distserve_kernels.paged import DecodeGroup, LayerKv
+from distserve_kernels.paged_ops import PAGED_REFERENCE, PagedOps, triton_paged_ops
 from distserve_kernels.prefill_attention import prefill_attention
 from distserve_kernels.rms_norm import add_rms_norm, rms_norm
 from distserve_kernels.rotary import rotary_
@@ -32,17 +33,26 @@ class Ops:
     kv_write: Callable[[LayerKv, Tensor, Tensor], None]
     prefill_attention: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     decode_attention: Callable[[Tensor, LayerKv, tuple[DecodeGroup, ...], float], Tensor]
+    paged: PagedOps  # for steps that come with block tables
 
 
-REFERENCE = Ops(rms_norm, add_rms_norm, rotary_, silu_mul, kv_write, prefill_attention, decode_attention)
+REFERENCE = Ops(
+    rms_norm, add_rms_norm, rotary_, silu_mul, kv_write, prefill_attention, decode_attention, PAGED_REFERENCE
+)
 
 
-def ops_for(device: torch.device) -> Ops:
-    """The operations to use on ``device``."""
-    return _with_triton(REFERENCE) if triton_serves(device) else REFERENCE
+def ops_for(device: torch.device, asked: str = "auto") -> Ops:
+    """The operations to use on ``device``; ``asked`` and errors as in ``backend.triton_serves``."""
+    return _with_triton(REFERENCE) if triton_serves(device, asked) else REFERENCE
 
 
 def _with_triton(plain: Ops) -> Ops:
     from distserve_kernels.triton import gate, norm  # needs Triton
 
-    return replace(plain, rms_norm=norm.rms_norm, add_rms_norm=norm.add_rms_norm, silu_mul=gate.silu_mul)
+    return replace(
+        plain,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        silu_mul=gate.silu_mul,
+        paged=triton_paged_ops(),
+    )

@@ -16,12 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LayerKv:
-    """One layer's KV in the pool: two views of the same memory, shifted to the layer's first row."""
+    """One layer's KV in the pool: views of the same memory; the rows begin at the layer's first."""
 
     block_rows: Tensor  # [rows, block_size * head_dim]
     token_rows: Tensor  # [rows * block_size, head_dim]
     kv_heads: int
     head_dim: int
+    blocks: Tensor  # [blocks, 2 (K, V), kv_heads, block_size, head_dim], for operations that take block tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def layer_views(pool: Tensor) -> tuple[LayerKv, ...]:
     tokens = pool.view(-1, head_dim)
     per_layer = 2 * kv_heads
     return tuple(
-        LayerKv(blocks[i * per_layer :], tokens[i * per_layer * block_size :], kv_heads, head_dim)
+        LayerKv(blocks[i * per_layer :], tokens[i * per_layer * block_size :], kv_heads, head_dim, pool[:, i])
         for i in range(layers)
     )
 

@@ -33,6 +33,18 @@ def rotary_kv_write(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv
     kv[block, 1, :, offset] = qkv[kept, heads + kv_heads :]
 
 
+def paged_kv_write(new: Tensor, kv: Tensor, slots: Tensor) -> None:
+    """Write K and V as they are: what ``rotary_kv_write`` does for models without rotary positions.
+
+    new: [tokens, 2 * kv_heads, dim], K before V   slots: as there.
+    """
+    kv_heads, size = kv.shape[2], kv.shape[3]
+    kept = slots >= 0
+    block, offset = slots[kept] // size, slots[kept] % size
+    kv[block, 0, :, offset] = new[kept, :kv_heads]
+    kv[block, 1, :, offset] = new[kept, kv_heads:]
+
+
 def paged_prefill_attention(
     q: Tensor, kv: Tensor, tables: Tensor, firsts: Tensor, starts: Tensor, scale: float, longest: int
 ) -> Tensor:

@@ -14,6 +14,7 @@ from distserve_planner.plan import Load, Plan, read_plan, write_plan
 from distserve_planner.refusal import CannotPlan
 from distserve_planner.replanning import Proposal, Shift, drift, propose
 from distserve_planner.replanning.running import Running
+from distserve_planner.slo import classes_of, planned_classes
 
 
 def run(parsed: argparse.Namespace, out: TextIO | None = None) -> int:
@@ -30,7 +31,7 @@ def run(parsed: argparse.Namespace, out: TextIO | None = None) -> int:
         write(parsed.json, document(shifts, found))
         print(f"written to {parsed.json}", file=out)
     if parsed.out is not None:
-        write_plan(changed(running, found, shifts), parsed.out)
+        write_plan(changed(running, found, shifts, str(parsed.trace)), parsed.out)
         print(f"plan written to {parsed.out}", file=out)
     return 0
 
@@ -93,23 +94,26 @@ def document(shifts: tuple[Shift, ...], found: Proposal) -> dict[str, Any]:
     }
 
 
-def changed(running: Running, found: Proposal, shifts: tuple[Shift, ...]) -> Plan:
-    """The plan with the proposed roles, for the recorded load. Instances keep their GPUs and names."""
+def changed(running: Running, found: Proposal, shifts: tuple[Shift, ...], trace: str) -> Plan:
+    """The plan with the proposed roles, for the load recorded in the file ``trace``. Instances keep GPUs and names."""
     plan, result, (rate, prompt, output) = running.plan, running.result(found.proposed), shifts
     instances = tuple(
         dataclasses.replace(each, role=role.value) for each, role in zip(plan.instances, found.proposed, strict=True)
     )
     load = Load(running.workload.name, rate.seen, prompt.seen, output.seen, len(running.workload.jobs), plan.load.seed)
     within = rate.seen * found.proposed_attainment
+    classes = classes_of(plan)
+    kinds = classes.kinds(running.workload.jobs)
     return dataclasses.replace(
         plan,
+        slo_classes=planned_classes(classes, classes.met(result, kinds), kinds),
         instances=instances,
         load=load,
         algorithm="replan",
         prediction=prediction(
-            result, result.attainment(running.slo), within, plan.prediction.gpus, plan.prediction.uncertainty
+            result, found.proposed_attainment, within, plan.prediction.gpus, plan.prediction.uncertainty
         ),
         why=verdict_of(found, plan.slo.attainment, any(each.drifted for each in shifts)),
         alternatives=(),
-        trace=running.workload.name,
+        trace=trace,
     )

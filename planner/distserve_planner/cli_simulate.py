@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from distserve.core.types import Role
 from distserve_planner import workload as workloads
 from distserve_planner.given import Source, plan_of_machine
-from distserve_planner.latency.profiled import ProfiledModel
+from distserve_planner.latency.profiled import ProfiledModel, within
 from distserve_planner.latency.source import default_policy, is_file, latency_model, profile_for
 from distserve_planner.plan import write_plan
 from distserve_planner.refusal import CannotPlan, only_known, whole
@@ -35,6 +35,8 @@ def run(parsed: argparse.Namespace) -> int:
     classes = parse_slos(parsed.slo)
     if parsed.out is not None and not is_file(parsed.profile):
         raise CannotPlan("--out needs a profile of this machine (`distserve profile`): a plan of it is written")
+    whole(parsed.kv_tokens, "--kv-tokens", 0)
+    whole(parsed.seed, "--seed", 0)
     workload = workloads.read(parsed.requests)
     if parsed.rate is not None:
         workload = workload.at_rate(parsed.rate)
@@ -81,7 +83,8 @@ def _shapes(parsed: argparse.Namespace) -> Iterator[tuple[Role, int, int, int]]:
 def machine(parsed: argparse.Namespace) -> Machine:
     """The instances on the machine whose profile is given. Raises CannotPlan or OutOfRange."""
     profile = profile_for(parsed.profile, parsed.model)
-    limits = replace(policy(parsed.policy or default_policy(parsed.profile)), prefix_cache=parsed.prefix_cache)
+    limits = policy(parsed.policy) if parsed.policy else within(profile, policy(default_policy(parsed.profile)))
+    limits = replace(limits, prefix_cache=parsed.prefix_cache)
     roles: list[Role] = []
     for role, tp, pp, count in _shapes(parsed):
         ProfiledModel(profile, tp, pp)  # refuses what was not measured

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distserve_planner.latency.profiled import ProfiledModel
 from distserve_planner.plan import (
     VERSION,
     Batching,
@@ -78,7 +79,7 @@ def plan_of_machine(
 
 
 def _instances(machine: Machine) -> Sequence[PlannedInstance]:
-    tokens = machine.kv_tokens or machine.profile.kv_tokens
+    tokens = machine.kv_tokens or ProfiledModel(machine.profile).kv_capacity_tokens
     found: list[PlannedInstance] = []
     for place, role in enumerate(machine.roles):
         number = sum(1 for each in found if each.role == role.value)

@@ -317,6 +317,7 @@ def as_text(plan: Plan) -> str:
         f"goodput {p.goodput:.2f} req/s ({p.goodput_low:.2f} to {p.goodput_high:.2f}) on {p.gpus} GPUs = "
         f"{p.per_gpu:.2f} per GPU"
         + (f"; ${p.cost_per_million:.2f} per million output tokens" if p.cost_per_million else ""),
+        f"step times from {plan.latency}, ± {p.uncertainty:.0%}",
         "",
     ]
     for c in plan.slo_classes:

@@ -7,7 +7,7 @@ it keeps. A run meets its targets when every class does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,10 @@ class SloClasses:
         """What any run within the targets keeps: the loosest limits, the smallest share. For bounds and headings."""
         slos = [c.slo for c in self.classes]
         return Slo(max(s.ttft_s for s in slos), max(s.tpot_s for s in slos), min(s.attainment for s in slos))
+
+    def scaled(self, factor: float) -> SloClasses:
+        """All latency limits times ``factor``."""
+        return SloClasses(tuple(replace(c, slo=c.slo.scaled(factor)) for c in self.classes))
 
     def kinds(self, jobs: Sequence[Job]) -> NDArray[np.int64]:
         """[n] the class of each job, by place. Raises CannotPlan for a job that no class takes."""

@@ -22,7 +22,7 @@ import numpy as np
 from distserve_planner.refusal import CannotPlan, nearest, whole
 
 Seconds = np.ndarray
-MOST_TOKENS, MOST_SECONDS = 1 << 31, 1e12
+MOST_TOKENS, MOST_SECONDS, MOST_CV = 1 << 31, 1e12, 100.0
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -288,15 +288,40 @@ def resampled(workload: Workload, rate: float, n: int, seed: int) -> Workload:
     return synthetic(Resampled(workload.lengths()), poisson(rate), n, seed, workload.name)
 
 
-def named(name: str, requests: int, seed: int) -> Workload:
-    """``sharegpt``, or ``constant:PROMPT/OUTPUT``, with Poisson arrivals at 1 a second. Raises CannotPlan."""
+def burstiness(workload: Workload) -> float:
+    """Coefficient of variation of the gaps between arrivals: 1 is Poisson's, more comes in bursts, 0 is a clock."""
+    gaps = np.diff(np.sort([j.arrival_s for j in workload.jobs]))
+    return float(gaps.std() / gaps.mean()) if len(gaps) and gaps.mean() else 0.0
+
+
+def arrivals_named(word: str) -> Arrivals:
+    """``poisson``, ``gamma:CV`` or ``varying:0=1,600=3`` (second = times the rate), 1 a second. Raises CannotPlan."""
+    kind, _, rest = word.partition(":")
+    try:
+        if kind == "poisson" and not rest:
+            return poisson(1.0)
+        if kind == "gamma" and 0 <= (cv := float(rest)) <= MOST_CV:
+            return gamma(1.0, cv)
+        if kind == "varying":
+            windows = [part.partition("=") for part in rest.split(",")]
+            return varying([(float(start), float(times)) for start, _, times in windows])
+    except ValueError as error:
+        if isinstance(error, CannotPlan):
+            raise
+    known = ("poisson", "gamma:2", "varying:0=1,600=3")
+    raise CannotPlan(f"unknown arrivals {word!r}{nearest(word, known)} (known: {', '.join(known)})")
+
+
+def named(name: str, requests: int, seed: int, arrivals: Arrivals | None = None) -> Workload:
+    """``sharegpt``, or ``constant:PROMPT/OUTPUT``, at 1 a second (Poisson unless given). Raises CannotPlan."""
     word, _, rest = name.partition(":")
+    arrivals = arrivals or poisson(1.0)
     if word == "sharegpt" and not rest:
-        return synthetic(SHAREGPT, poisson(1.0), requests, seed, name)
+        return synthetic(SHAREGPT, arrivals, requests, seed, name)
     prompt, _, output = rest.partition("/")
     if word == "constant" and prompt.isdigit() and output.isdigit() and int(prompt) and int(output):
         lengths = Constant(int(prompt), int(output))
-        return synthetic(lengths, poisson(1.0), requests, seed, name)
+        return synthetic(lengths, arrivals, requests, seed, name)
     known = ("sharegpt", "constant:512/64")
     raise CannotPlan(
         f"unknown workload {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give --trace FILE)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from io import StringIO
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distserve.cli.cert import replace_file
 from distserve.cli.commands import COMMANDS, build_parser
 from distserve.cli.completion import script
 from distserve.cli.main import main
@@ -67,6 +69,9 @@ def test_no_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--model", "x", "--http-port", "80", "--grpc-port", "80"], "are the same"),
         (["serve", "--model", "x", "--http-port", "70000"], "between 0 (any) and 65535"),
         (["serve", "--model", "x", "--kv-tokens", "8"], "not one block of 16 tokens"),
+        (["serve", "--model", "x", "--kv-tokens", "many"], "'many' is not a whole number"),
+        (["serve", "--model", "x", "--kv-memory-fraction", "1.5"], "a part of 1 is needed"),
+        (["serve", "--model", "x", "--kv-cache-dtype", "fp8"], "'fp8' is none of auto, float32"),
         (["serve", "--model", "x", "--threads-per-rank", "0"], "at least 1"),
         (["serve", "--model", "x", "--transfer", "nccl"], "needs --device cuda"),
         (["serve", "--model", "x", "--config", "/nowhere.yaml"], "cannot read the configuration file"),
@@ -147,6 +152,8 @@ def test_defaults_of_serve_are_one_prefill_and_one_decode() -> None:
     with pytest.raises(BadOptions):
         ServeOptions(model="m", prefill=65, decode=1).check()
     four = ServeOptions(model="m", prefill=1, decode=1, mixed=2, threads_per_rank=3)
+    assert ServeOptions(model="m", pin=False).cores == {"prefill-0": (), "decode-0": ()}
+    assert ServeOptions(model="m", prefill=1, decode=1, decode_tp=2).cores == {"prefill-0": (), "decode-0": ()}
     assert [i for i, _ in four.instances] == ["prefill-0", "decode-0", "mixed-0", "mixed-1"]
     assert four.threads == 3
 
@@ -233,3 +240,20 @@ def test_parsers_know_their_own_flags() -> None:
     parser = build_parser()
     assert isinstance(parser, argparse.ArgumentParser)
     assert parser.parse_args(["bench", "--url", "u", "--model", "m"]).command == "bench"
+
+
+def test_a_record_that_fails_leaves_an_older_trace_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "seen.jsonl"
+    trace.write_text("of another day")
+    code, _, err = run(capsys, "record", "--out", str(trace), "--server", "127.0.0.1:1", "--timeout", "0.2")
+    assert (code, "no gateway answers" in err, trace.read_text()) == (1, True, "of another day")
+
+
+def test_half_written_keys_of_certificates_are_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "not permitted", "key.pem")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        replace_file(tmp_path / "key.pem", b"secret")
+    assert list(tmp_path.iterdir()) == []

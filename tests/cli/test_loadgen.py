@@ -369,7 +369,8 @@ async def searched(capacity: float, **bounds: float) -> tuple[float, float | Non
         return Point(rate, rate <= capacity, False, EMPTY)
 
     found = await search(
-        measure, **{"start": 1.0, "least": 0.05, "most": 100.0, "tolerance": 0.05} | bounds  # type: ignore[arg-type]
+        measure,
+        **{"start": 1.0, "least": 0.05, "most": 100.0, "tolerance": 0.05} | bounds,  # type: ignore[arg-type]
     )
     return found.rate, found.fails_at, [p.rate for p in found.curve]
 

@@ -58,6 +58,21 @@ def test_the_ready_line_has_all_ports_and_processes(cluster: Cluster) -> None:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
 
 
+def test_the_ready_line_and_the_metrics_say_how_long_each_phase_of_the_start_took(cluster: Cluster) -> None:
+    ready = cluster.ready
+    assert set(ready["startup_s"]) == {"instances", "canary"}
+    assert sum(ready["startup_s"].values()) <= ready["start_s"] + 0.01
+    phases = ["python", "weights", "pool", "kernels", "data_plane", "join"]
+    for instance in ready["instances"]:
+        assert list(instance["startup_s"]) == phases
+        assert all(seconds >= 0 for seconds in instance["startup_s"].values())
+        assert instance["startup_s"]["python"] > 0.05  # torch alone takes longer to import
+    with urllib.request.urlopen(f"{cluster.http_url}/metrics", timeout=30) as answer:
+        page = answer.read().decode()
+    shown = [line for line in page.splitlines() if line.startswith("distserve_startup_seconds{")]
+    assert len(shown) == len(phases) * len(ready["instances"])
+
+
 def test_ps_shows_the_instances(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = command(cluster, capsys, "ps", "--json")
     told = json.loads(out)
@@ -201,6 +216,27 @@ def test_a_model_that_is_not_there_is_a_sentence() -> None:
     assert "no-such-model" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_pool_that_does_not_fit_is_a_sentence(model: Path) -> None:
+    done = serve_to_its_end("--model", str(model), "--mixed", "1", "--kv-tokens", "1_000_000_000_000")
+    assert done.returncode == 1
+    assert "a KV pool of 1000000000000 tokens needs" in done.stderr and "--kv-tokens auto" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_narrow_kv_moves_to_ranks_in_pools_as_large_as_fit(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The canary is handed off from one rank to two; the pools are as large as a part of free memory, or a batch."""
+    arguments = ["--model", str(model), "--prefill", "1", "--decode", "1", "--decode-tp", "2"]
+    arguments += ["--kv-tokens", "auto", "--kv-memory-fraction", "0.001", "--kv-cache-dtype", "bfloat16"]
+    with Cluster([*arguments, "--threads-per-rank", "1"], start_timeout_s=120) as cluster:
+        code, out, _ = command(cluster, capsys, "ps", "--json")
+        assert code == 0
+        totals = {i["id"]: i["load"]["kv_total"] for i in json.loads(out)["instances"]}
+        assert 0 < totals["prefill-0"] <= 64 * 8192 / 16
+        assert totals["decode-0"] > 0
+        phases = [list(i["startup_s"]) for i in cluster.ready["instances"]]
+        assert phases[1] == ["python", "ranks", "weights", "pool", "slowest_rank", "data_plane", "join"]
+
+
 def test_a_corrupt_model_ends_serve_with_the_instances_words(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -288,3 +324,13 @@ def test_a_cluster_ends_with_whoever_started_it(model: Path) -> None:
 def test_a_cluster_that_does_not_come_up_is_told(tmp_path: Path) -> None:
     with pytest.raises(ClusterFailed, match="ended with code 2"), Cluster(["--model", str(tmp_path / "none")]):
         pass
+
+
+def test_a_cluster_that_falls_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closed its output and goes on: told, and ended."""
+    monkeypatch.setattr("distserve.launch.cluster.END_S", 0.1)
+    silent = Cluster([])
+    silent._command = [sys.executable, "-c", "import os, time; os.close(1); time.sleep(600)"]
+    with pytest.raises(ClusterFailed, match="closed its output"), silent:
+        pass
+    assert silent.process.poll() is not None

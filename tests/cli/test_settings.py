@@ -61,6 +61,23 @@ def test_every_field_but_the_hidden_is_an_option() -> None:
     assert by_key["model"].required
 
 
+@dataclass(frozen=True, slots=True)
+class Sized:
+    tokens: int | None = None
+    port: int | None = 1
+
+
+def test_auto_is_a_word_for_nothing_only_where_it_means_something() -> None:
+    settings = settings_of(Sized, Words(automatic=("tokens",)))
+
+    def tokens(text: str) -> Any:
+        return resolve(settings, flags={}, environ={}, file={"tokens": text})["tokens"]
+
+    assert (tokens("auto"), tokens("none"), tokens("12")) == (None, None, 12)
+    with pytest.raises(BadSetting, match="'auto' is not a whole number"):
+        resolve(settings, flags={}, environ={}, file={"port": "auto"})
+
+
 def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default() -> None:
     file = {"http_port": 1, "share": 0.1, "ticket-lease": 1}
     environ = {"DISTSERVE_HTTP_PORT": "2", "DISTSERVE_SHARE": "0.2", "PATH": "x"}

@@ -135,3 +135,30 @@ async def test_cancelling_leaves_nobody() -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+async def test_a_child_whose_start_is_cancelled_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its process and its first line: nobody else knows of it yet."""
+    pids: list[int] = []
+    kill = os.killpg
+
+    async def never(_fd: int) -> asyncio.StreamReader:
+        opened.set()
+        await asyncio.Event().wait()
+        raise AssertionError("cancelled before")
+
+    def killed(pid: int, number: signal.Signals) -> None:
+        pids.append(pid)
+        kill(pid, number)
+
+    opened = asyncio.Event()
+    monkeypatch.setattr(child_module, "_reader", never)
+    monkeypatch.setattr(child_module.os, "killpg", killed)
+    starting = asyncio.create_task(child_module.Child.start("a", ["stubborn"], os.environ))
+    async with asyncio.timeout(20):
+        await opened.wait()
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)

@@ -361,6 +361,17 @@ def opens_all(right: Any) -> Any:
     return lambda self, move_id, event: self.moves.get(move_id)
 
 
+def counts_as_run(right: Any) -> Any:
+    def abandoned(self: Steps, event: ev.StepAbandoned) -> list[fx.Effect]:
+        parts = self._planned if self._step is not None and self._step.number == event.number else []
+        for part in parts:
+            if not part.sample and part.sequence.phase is not Phase.ENDED:
+                part.sequence.computed += part.count
+        return right(self, event)  # type: ignore[no-any-return]
+
+    return abandoned
+
+
 BREAKAGES: tuple[Breakage, ...] = (
     Breakage("commits before the KV has come", "data", ((Coverage, "covers", always(True)),)),
     Breakage("skips the epoch check", "forget", ((Stream, "is_current", always(True)),)),
@@ -394,6 +405,8 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage("lets nobody in when blocks come free", "calm", ((InstanceState, "handle", only_when_asked),)),
     Breakage("a finished sequence leaves its move", "calm", ((Steps, "_finish", forget_move_at_end),)),
     Breakage("first token waits for its KV", "calm", ((Steps, "done", tokens_last),)),
+    Breakage("a step given up is never over", "calm", ((Steps, "abandoned", always([])),)),
+    Breakage("a step given up counts as run", "calm", ((Steps, "abandoned", counts_as_run),)),
     Breakage("tombstones last for ever", "calm", ((Arrivals, "tick", never_forgets),)),
     Breakage("a lost gateway is merely noted", "crash", ((InstanceState, "_gateway_lost", gateway_merely_noted),)),
     Breakage("a lost source is not noticed", "crash", ((Arrivals, "peer_lost", always([])),)),
@@ -406,7 +419,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage("mixed instances hand off to each other", "calm", ((cluster, "pair", mixed_hand_off),), 200),
     # what the simulation found in earnest, brought back
     Breakage("a late submit runs again", "noise", ((InstanceState, "_was_submitted", always(False)),), found=True),
-    Breakage("stages must come in order", "calm", ((Arrivals, "stored", stages_in_order),), found=True),
+    Breakage("stages must come in order", "calm", ((Arrivals, "stored", stages_in_order),), 200, found=True),
     Breakage(
         "the commit's time runs while stages fly",
         "calm",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from distserve.core.effects import Account, Complete, Deliver, Fail
 from distserve.core.events import ClientCancelled, Submitted
 from distserve.core.types import Code, FinishReason
+from distserve.sched.config import ClusterConfig, GatewayConfig, InstanceConfig
 from tests.faults.heap import Heap
 from tests.faults.plan import Client, Plan
 from tests.faults.process import Process, Watch
@@ -17,8 +18,9 @@ from tests.faults.truth import EOS, Truth
 LONG_S = 120.0
 """With a timeout this long a request comes through even a full cluster, as long as nothing breaks."""
 
-WAIT_S = 100.0
-"""Once faults are over no client waits longer for a word: one reservation given up (60 s), then the line again."""
+WAIT_S = InstanceConfig().reserve_timeout_s + GatewayConfig().patience_s + ClusterConfig().lease_s
+"""Once faults are over no client waits longer for a word: one reservation given up, one instance found dead, and the
+line for another place."""
 
 
 @dataclass

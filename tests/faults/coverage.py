@@ -58,6 +58,8 @@ SITUATIONS = (
     "sequence preempted",
     "prefix reused",
     "dropped while its step ran",
+    "step given up: for nobody",
+    "step given up: by mistake",
     "refused: too many",
     "attempt retried",
     "owner changed",

@@ -68,6 +68,7 @@ def draw(seed: int, profile: str | None = None, topology: str | None = None) -> 
         stage_s=rng.choice([0.002, 0.02, 0.2, 1.0]),
         inline_steps=rng.random() < 0.5,
         tight=tight,
+        gives_up=random.Random(f"{seed}:gives up").random() < 0.7,
     )
 
 

@@ -105,6 +105,7 @@ class Plan:
     inline_steps: bool  # an instance takes no event while it steps, as the live shell does
     tight: bool = False  # admission limits are low enough to be met
     skewed: bool = True  # each process has a clock of its own
+    gives_up: bool = False  # steps that nobody waits for end early, as live, and now and then another
 
     @property
     def names(self) -> tuple[str, ...]:

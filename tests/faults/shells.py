@@ -23,6 +23,7 @@ from distserve.core.effects import (
     SendStage,
 )
 from distserve.core.types import Endpoint, GatewayRef, InstanceRef, Member, StepItem, StepPlan, Ticket, Token
+from distserve.sched.awaiting import Awaiting
 from distserve.sched.cluster import ClusterState
 from distserve.sched.gateway import GatewayState
 from distserve.sched.instance import InstanceState
@@ -35,6 +36,7 @@ from tests.faults.properties import Property, Violation
 from tests.faults.truth import IN_STEP, Pool, Truth
 
 REDIAL_S = 0.5
+MISTAKES = 0.02  # share of steps given up although somebody waits for them: a hint may be wrong, the machine not
 
 
 class Movers(Protocol):
@@ -188,7 +190,9 @@ class InstanceShell(Shell):
         self.member: Member
         self._node = next(n for n in plan.instances if n.name == name)
         self._luck = plan.stream_of("steps", name)
+        self._stops = plan.stream_of("gives up", name)
         self._running: StepPlan | None = None
+        self._awaiting: Awaiting | None = None  # who waits for it, where steps may be given up
 
     def new_machine(self) -> InstanceState:
         ref = InstanceRef(self.name, self.incarnation)
@@ -199,7 +203,7 @@ class InstanceShell(Shell):
     def start(self) -> None:
         super().start()
         self.pool = Pool(self._node.spec.pool_blocks, self._node.spec.block_size)
-        self.tickets, self.granted, self.aborted, self._running = {}, {}, set(), None
+        self.tickets, self.granted, self.aborted, self._running, self._awaiting = {}, {}, set(), None, None
         self.network.dial(self, self.network.processes["c"], None)
         self._report(self.incarnation)
 
@@ -208,7 +212,11 @@ class InstanceShell(Shell):
 
     def ticks_before(self, event: ev.Event) -> bool:
         """As live: what came while a step ran, then the tick, then the step's outcome."""
-        return isinstance(event, ev.StepDone | ev.StepFailed)
+        return isinstance(event, ev.StepDone | ev.StepFailed | ev.StepAbandoned)
+
+    def deliver(self, event: ev.Event) -> None:
+        self._hear(event)
+        super().deliver(event)
 
     # ── the network ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -316,6 +324,12 @@ class InstanceShell(Shell):
             self.pool.write(item.blocks, item.start, [IN_STEP] * len(item.token_ids))
         duration = self.plan.step_s * self._luck.uniform(0.5, 1.5) + plan.tokens * 1e-5
         self.heap.after(duration, self._end_step, self.incarnation, plan)
+        if self.plan.gives_up:
+            self._awaiting = self.machine.awaiting()
+            for event in list(self.inbox):
+                self._hear(event)
+            if self._stops.random() < MISTAKES:
+                self.heap.after(duration * self._stops.random(), self._give_up, self.incarnation, plan, "by mistake")
 
     def _check_item(self, item: StepItem) -> None:
         """The right tokens, at the right place, over exactly the right KV."""
@@ -341,11 +355,31 @@ class InstanceShell(Shell):
         if not any(set(written) <= set(ledger.table(o)) for o in ledger.owners() if o.endswith(names)):
             raise Violation(Property.STEP, f"{what}: its blocks {written} were given away while it ran")
 
-    def _end_step(self, life: int, plan: StepPlan) -> None:
-        if not self.alive or self.incarnation != life:
-            return
-        self._running = None
+    def _hear(self, event: ev.Event) -> None:
+        """What comes in while a step runs may leave it to nobody; it ends soon then, at the next layer."""
+        if self.alive and self._awaiting is not None and self._awaiting.hear(event):  # type: ignore[arg-type]
+            soon = self.plan.step_s / 10 * self._stops.random()
+            self.heap.after(soon, self._give_up, self.incarnation, self._running, "for nobody")
+
+    def _give_up(self, life: int, plan: StepPlan, why: str) -> None:
+        """What the step has written stays as it is: nobody may take it for KV."""
+        if self._ends(life, plan):
+            self.watch.coverage.situations[f"step given up: {why}"] += 1
+            for item in plan.items:
+                self._still_held(f"{self.name} gives up step {plan.number} with {item.request_id}", item)
+            self.deliver(ev.StepAbandoned(plan.number))
+
+    def _ends(self, life: int, plan: StepPlan) -> bool:
+        """Whether this step runs; if so, it does no more."""
+        if not self.alive or self.incarnation != life or self._running is not plan:
+            return False
+        self._running = self._awaiting = None
         self.steps_run += 1
+        return True
+
+    def _end_step(self, life: int, plan: StepPlan) -> None:
+        if not self._ends(life, plan):
+            return
         failed = self._luck.random() < self.network.rates.step_fails
         self.watch.coverage.faults["step failed"] += failed
         tokens = []

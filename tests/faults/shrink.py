@@ -151,3 +151,5 @@ def _plainer(plan: Plan) -> Iterator[Plan]:
             yield replace(plan, instance_config=replace(config, **{setting.name: getattr(usual, setting.name)}))
     if plan.inline_steps:
         yield replace(plan, inline_steps=False)
+    if plan.gives_up:
+        yield replace(plan, gives_up=False)

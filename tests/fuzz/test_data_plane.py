@@ -154,9 +154,7 @@ def test_frames_on_an_open_link(framed: Callable[[Message], bytes], data: st.Dat
         )
         dialling.start()
         sock = listener.accept()[0]
-        inbound = Inbound(
-            ME, sock, lambda _: paged, grants, events.append, Counts(), CONFIG, lambda _: ended.set()
-        )
+        inbound = Inbound(ME, sock, lambda _: paged, grants, events.append, Counts(), CONFIG, lambda _: ended.set())
         inbound.thread.start()
         dialling.join(PATIENCE_S)
     (link,) = links

@@ -92,6 +92,25 @@ async def test_a_stream_without_an_end_is_an_error(backend: FakeBackend, codec: 
         assert broken.value.code is Code.INTERNAL
 
 
+async def test_a_bug_in_one_choice_ends_them_all(
+    backend: FakeBackend, codec: TextCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads is told of it, with one choice or several, and does not wait for a choice that says no more."""
+
+    def broken(*_: object) -> Piece:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Choice, "take", broken)
+    front_end = FrontEnd(backend, {"tiny": codec})
+    for n in (1, 2):
+        answer = await front_end.open(await front_end.plan(Ask(("x",), n=n, max_tokens=2)))
+        with pytest.raises(ZeroDivisionError):
+            async with asyncio.timeout(20):
+                async for _ in answer:
+                    pass
+        await answer.aclose()
+
+
 async def _nothing() -> AsyncIterator[StreamEvent]:
     """A stream that ends before it says anything."""
     events: tuple[StreamEvent, ...] = ()

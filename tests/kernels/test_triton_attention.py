@@ -87,6 +87,13 @@ def test_more_splits_than_tokens_change_nothing(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_the_number_of_splits_is_one_of_few() -> None:
+    """Each is a case of the tuner."""
+    split_count = modules["decode"].split_count
+    found = {split_count(n, length, torch.device("cpu")) for n in range(1, 300) for length in (1, 700, 5000, 131072)}
+    assert found <= {1, 2, 4, 8, 16, 32, 64}
+
+
 def test_neighbours_in_a_launch_change_nothing() -> None:
     """Isolation: bit for bit the same answer alone and in company, at equal splits."""
     kv, tables = paged([50, 7, 33], 2, 16, 32, torch.float32)

@@ -53,6 +53,20 @@ def test_gate(rows: int, width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv_heads", "dim"), [(2, 16), (3, 80), (1, 7)])
+def test_the_write_alone(kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    """K and V as they are, of a strided view; a negative slot is written nowhere."""
+    new = random(5, 4 + 2 * kv_heads, dim, dtype=dtype)[:, 4:]
+    pool = random(6, 2, 2, kv_heads, 4, dim, dtype=dtype, seed=1)
+    slots = torch.tensor([23, -1, 0, 9, 10], device=DEVICE)
+    wanted = pool.clone()
+    reference.paged_kv_write(new, wanted[:, 1], slots)
+    modules["rotary"].paged_kv_write(new, pool[:, 1], slots)
+    assert torch.equal(pool, wanted)
+    assert torch.equal(pool[5, 1, 1, :, 3], new[0, kv_heads:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (9, 3, 64), (6, 1, 24), (3, 3, 80)])
 def test_rotary_and_the_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     tokens, size, layers, layer = 7, 4, 3, 1

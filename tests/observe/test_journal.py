@@ -107,9 +107,7 @@ def test_a_journal_reads_back_and_replays(tmp_path: Path) -> None:
     count = write_echo_journal(path)
     entries = list(read(path))
     assert len(entries) == count
-    assert entries[1] == Entry(
-        0.1, Dispatched("r", 65536, PREFILL, PREFILL), (Deliver("r", 7, (Token(7, 0.1),)),)
-    )
+    assert entries[1] == Entry(0.1, Dispatched("r", 65536, PREFILL, PREFILL), (Deliver("r", 7, (Token(7, 0.1),)),))
     assert read_about(path) == {"start": 5}
     assert replay(path, lambda about: Echo(about["start"])) == count
 

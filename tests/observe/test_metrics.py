@@ -97,6 +97,12 @@ def instance_metrics(registry: CollectorRegistry) -> InstanceMetrics:
     return InstanceMetrics(registry, model_name="tiny", instance="p0", role=Role.PREFILL)
 
 
+def test_a_start_is_told_by_phase(registry: CollectorRegistry) -> None:
+    instance_metrics(registry).set_startup({"weights": 1.5, "join": 0.25})
+    for phase, seconds in (("weights", 1.5), ("join", 0.25)):
+        assert registry.get_sample_value("distserve_startup_seconds", P_LABELS | {"phase": phase}) == seconds
+
+
 def test_a_step_is_its_time_and_its_batch(registry: CollectorRegistry) -> None:
     metrics = instance_metrics(registry)
     plan = StepPlan(1, (StepItem("a", 0, (1, 2, 3), (0,), True), StepItem("b", 4, (9,), (1,), True)))
@@ -108,6 +114,11 @@ def test_a_step_is_its_time_and_its_batch(registry: CollectorRegistry) -> None:
     metrics.write(0.3, events.Tick(), [effects.RunStep(StepPlan(2, ()))])
     metrics.write(0.4, events.StepFailed(2, "boom"), [])
     assert registry.get_sample_value("distserve_step_failures_total", P_LABELS) == 1
+    metrics.write(0.5, events.Tick(), [effects.RunStep(StepPlan(3, plan.items))])
+    metrics.write(0.6, events.StepAbandoned(3), [])
+    metrics.write(0.7, events.StepDone(3, (), 0.2), [])
+    assert registry.get_sample_value("distserve_step_failures_total", P_LABELS) == 1
+    assert registry.get_sample_value("distserve_step_tokens_sum", P_LABELS) == 4, "a step given up has no tokens"
 
 
 def test_load_reports_fill_the_queues(registry: CollectorRegistry) -> None:
@@ -224,6 +235,7 @@ async def test_the_operations_port_answers_probes_and_scrapes() -> None:
     registry = CollectorRegistry()
     registry.register(ProcessCost("p0"))
     ready = False
+
     async def exposition() -> bytes:
         return text(registry)
 

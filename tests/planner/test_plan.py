@@ -136,7 +136,8 @@ def test_the_report_is_one_file_with_its_plots_inside(asked, tmp_path):
     pytest.importorskip("matplotlib")
     assert main([*asked, "--algorithm", "low", "--report", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
-    assert page.count("<svg") == 7 and page.count("<figcaption>") == 7
+    assert page.count("<svg") == 8 and page.count("<figcaption>") == 8
+    assert "<h2>Classes of requests</h2>" not in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
@@ -159,6 +160,12 @@ def test_a_report_without_matplotlib_says_what_to_install(asked, tmp_path, capsy
         ("--slo", "ttft=0.2", "needs both limits"),
         ("--profile", "distserve:a100", "did you mean 'distserve:a100-80g'"),
         ("--algorithm", "middle", "known: auto, high, low"),
+        ("--arrivals", "gama:2", "did you mean 'gamma:2'"),
+        ("--arrivals", "varying:5=1", "must start at 0"),
+        ("--requests", "0", "--requests: 0 is not a whole number of at least 2"),
+        ("--workers", "0", "--workers: 0 is not a whole number of at least 1"),
+        ("--unit-gpus", "-1", "--unit-gpus: -1 is not a whole number of at least 1"),
+        ("--policy", "chunk", "did you mean 'chunked'"),
     ],
 )
 def test_bad_words_are_refused_with_a_sentence(asked, capsys, flag, value, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,17 @@ import pytest
 from distserve.cli.main import main
 from distserve.core.types import Role
 from distserve_planner import workload
-from distserve_planner.plan import Load, Plan, PlannedInstance, Prediction, Stage, Targets, read_plan, write_plan
+from distserve_planner.plan import (
+    Load,
+    Plan,
+    PlannedInstance,
+    Prediction,
+    Stage,
+    Targets,
+    TargetsOfClass,
+    read_plan,
+    write_plan,
+)
 from distserve_planner.refusal import CannotPlan
 from distserve_planner.replanning import drift, propose
 from distserve_planner.replanning.roles import Roles, paired
@@ -148,6 +159,7 @@ def test_long_prompts_call_for_more_prefill(tmp_path: Path, capsys: pytest.Captu
     again = read_plan(out)
     assert again.prediction.attainment == pytest.approx(document["proposed_attainment"], abs=1e-6)
     assert again.load.rate == pytest.approx(seen.rate, rel=1e-3) and len(again.instances) == 4
+    assert again.trace == str(trace)  # so that it can be verified, and planned for again
     assert "change roles" in capsys.readouterr().out
 
 
@@ -158,6 +170,28 @@ def test_the_planned_traffic_keeps_its_roles(tmp_path: Path, capsys: pytest.Capt
     trace.write_text(json.dumps([[j.prompt, j.output, j.arrival_s] for j in seen.jobs]))
     assert main(["replan", str(plan), "--trace", str(trace), "--profile", "distserve:a100-80g"]) == 0
     assert "stay: the roles meet the target" in capsys.readouterr().out
+
+
+def test_each_request_is_judged_by_the_limits_of_its_class(tmp_path: Path) -> None:
+    """The common targets are the loosest; a class with a TTFT that nobody can keep shows as missed."""
+    plan, trace, out, told = (tmp_path / name for name in ("p.yaml", "t.jsonl", "q.yaml", "o.json"))
+    classes = (
+        TargetsOfClass("patient", 0.4, 0.1, 0.9, "", 10, 1.0),
+        TargetsOfClass("hasty", 0.001, 0.1, 0.9, "", 10, 1.0),
+    )
+    write_plan(replace(planned(("prefill", "decode")), slo_classes=classes), plan)
+    names = ("patient", "patient", "patient", "hasty")
+    rows = [
+        {"arrival_s": j.arrival_s, "input_tokens": j.prompt, "output_tokens": j.output, "slo_class": names[i % 4]}
+        for i, j in enumerate(traffic(3.0, 512, 64, n=200).jobs)
+    ]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    words = f"replan {plan} --trace {trace} --profile distserve:a100-80g --out {out} --json {told}"
+    assert main(words.split()) == 0
+    assert json.loads(told.read_text())["attainment"] == pytest.approx(0.75, abs=0.05)
+    again = {each.name: each for each in read_plan(out).slo_classes}
+    assert (again["patient"].requests, again["hasty"].requests) == (150, 50)
+    assert again["patient"].predicted > 0.9 and again["hasty"].predicted == 0.0
 
 
 def test_what_replan_needs_it_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

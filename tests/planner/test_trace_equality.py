@@ -148,6 +148,8 @@ class Live:
         tokens = tuple((i.request_id, Token(0)) for i in plan.items if i.sample)
         return _Output(tokens, seconds)
 
+    def give_up(self, number: int) -> None: ...
+
     # the data plane
     def open_ticket(self, ticket: Ticket, blocks: tuple[int, ...]) -> None:
         for at, event in self.sources.after(ticket, self.now):
@@ -167,7 +169,7 @@ class ScriptedInbox(Inbox):
         self._live = live
 
     def take(self, *, wait: bool, timeout_s: float | None) -> Any:
-        if wait and self._items.empty():
+        if wait and not self._items:
             self._live.idle()
         return super().take(wait=wait, timeout_s=timeout_s)
 

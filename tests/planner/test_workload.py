@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distserve_planner.refusal import CannotPlan
+from distserve_planner.selection.problem import steady
 from distserve_planner.workload import (
     SHAREGPT,
     Arrivals,
@@ -19,7 +20,10 @@ from distserve_planner.workload import (
     Job,
     Resampled,
     Workload,
+    arrivals_named,
+    burstiness,
     gamma,
+    named,
     poisson,
     read,
     replayed,
@@ -156,3 +160,33 @@ def test_seeds() -> None:
         synthetic(SHAREGPT, poisson(2.0), 0, 7)
     with pytest.raises(CannotPlan):
         poisson(math.inf)
+
+
+@pytest.mark.parametrize(("word", "cv"), [("poisson", 1.0), ("gamma:2", 2.0), ("gamma:0", 0.0)])
+def test_arrivals_by_name(word: str, cv: float) -> None:
+    made = named("constant:10/10", 20_000, 1, arrivals_named(word))
+    assert made.rate == pytest.approx(1.0, rel=0.05)
+    assert burstiness(made) == pytest.approx(cv, abs=0.05)
+
+
+def test_arrivals_that_vary_come_more_often_later() -> None:
+    made = named("constant:10/10", 4000, 1, arrivals_named("varying:0=1,1000=3"))
+    times = np.array([j.arrival_s for j in made.jobs])
+    assert (times < 1000).sum() == pytest.approx(1000, rel=0.1)
+    assert ((times >= 1000) & (times < 2000)).sum() == pytest.approx(3000, rel=0.1)
+
+
+@pytest.mark.parametrize("word", ["gamma", "gamma:-1", "gamma:x", "varying:", "varying:0", "poisson:2", ""])
+def test_unknown_arrivals_are_refused_with_those_that_are_known(word: str) -> None:
+    with pytest.raises(CannotPlan, match="known: poisson, gamma:2"):
+        arrivals_named(word)
+
+
+def test_a_short_trace_is_drawn_out_as_bursty_as_it_is() -> None:
+    bursts = synthetic(Constant(10, 10), gamma(1.0, 3.0), 400, 7)
+    longer = steady(bursts, 5000, 1)
+    assert len(longer.jobs) == 5000
+    assert burstiness(longer) == pytest.approx(burstiness(bursts), rel=0.15)
+    calm = synthetic(Constant(10, 10), poisson(1.0), 400, 7)
+    assert burstiness(steady(calm, 5000, 1)) == pytest.approx(1.0, abs=0.06)
+    assert steady(bursts, 300, 1).jobs == bursts.jobs[:300]  # long enough: itself

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from distserve.core.events import (
     DispatchAsked,
     Dispatched,
@@ -170,6 +172,14 @@ def test_other_weights_under_the_same_name_are_refused_naming_both_sides() -> No
     state = cluster(member("p", Role.PREFILL))
     refused = find(state.handle(Joined(member("d", Role.DECODE, fingerprint="other"), FREE), 1.0), JoinRefused)
     assert all(word in refused.reason for word in ("d#1", "other", "p#1", "fp"))
+
+
+def test_kv_of_another_dtype_is_refused_naming_both_sides() -> None:
+    state = cluster(member("p", Role.PREFILL))
+    other = member("d", Role.DECODE)
+    other = replace(other, spec=replace(other.spec, kv_dtype="fp8_e4m3"))
+    refused = find(state.handle(Joined(other, FREE), 1.0), JoinRefused)
+    assert all(word in refused.reason for word in ("d#1", "fp8_e4m3", "p#1", "float32", "--kv-cache-dtype"))
 
 
 def test_another_wire_version_is_refused() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from distserve.v1 import inference_pb2 as pb
 from distserve.v1.inference_pb2_grpc import InferenceServiceStub
 from distserve.wire.security import TlsFiles
 from distserve.wire.tls import Certificates
+from tests.gateway.fake_backend import SPEC
 from tests.security.certificates import make
 from tests.security.conftest import Gateway, MakeGateway, read_all
 
@@ -204,6 +206,47 @@ async def test_an_idle_connection_is_kept_for_so_long(gateway: MakeGateway) -> N
     writer.close()
 
 
+async def test_who_reads_nothing_of_an_answer_is_hung_up_on(gateway: MakeGateway) -> None:
+    """Its connection is freed as well, though it never closes its end."""
+    running = await gateway(Limits(unread_limit_s=0.3))
+    running.backend.spec = replace(SPEC, max_model_len=10**9, pool_blocks=10**9)
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with sock:
+        sock.connect(("127.0.0.1", running.http.port))
+        body = json.dumps(completion(stream=True, max_tokens=10**8, request_id="unread")).encode()
+        sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        await running.backend.until(lambda: "unread" in running.backend.closed)
+        sock.settimeout(WAIT_S)
+        heard = b""
+        while part := sock.recv(1 << 20):  # what had been sent, and then the end
+            heard = (heard + part)[-100:]
+        assert b"[DONE]" not in heard
+
+
+async def test_who_reads_an_answer_slowly_is_let_be(gateway: MakeGateway) -> None:
+    """A whole answer of several MB, a little of it in each while: longer than the limit in all."""
+    running = await gateway(Limits(unread_limit_s=0.4, max_n=16))
+    running.backend.spec = replace(SPEC, max_model_len=10**9, pool_blocks=10**9)
+    body = json.dumps(completion(max_tokens=12000, n=16, logprobs=5)).encode()
+    running.backend.script.batch = 100
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", running.http.port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=4096)
+    writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    async with asyncio.timeout(WAIT_S):
+        head = await reader.readuntil(b"\r\n\r\n")
+        left = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        assert left > 8 << 20, left
+        for _ in range(6):
+            await asyncio.sleep(0.15)  # the point of this test: a pause between two reads
+            left -= len(await reader.readexactly(left // 10))
+        assert len(await reader.readexactly(left)) == left
+    writer.close()
+
+
 async def test_a_stream_is_not_cut_by_the_timeouts_of_requests(gateway: MakeGateway) -> None:
     running = await gateway(Limits(header_timeout_s=0.1, body_timeout_s=0.1, keep_alive_s=0.1))
     running.backend.script.hold_at = 1
@@ -334,7 +377,7 @@ def test_every_limit_is_tested_here() -> None:
     """A new limit needs a test above; this list is what says so."""
     elsewhere = {
         "default_timeout_s", "max_timeout_s", "max_message_bytes", "max_header_bytes", "header_timeout_s",
-        "body_timeout_s", "keep_alive_s", "max_client_streams", "max_client_connections", "max_connections",
-        "max_connection_streams",
+        "body_timeout_s", "keep_alive_s", "unread_limit_s", "max_client_streams", "max_client_connections",
+        "max_connections", "max_connection_streams",
     }  # fmt: skip
     assert {field.name for field in fields(Limits)} == set(REFUSED) | elsewhere

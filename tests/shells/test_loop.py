@@ -24,6 +24,7 @@ from distserve.core.events import (
 from distserve.core.types import GatewayRef, InstanceRef, Load, StepPlan, Ticket, Token
 from distserve.instance.inbox import Inbox
 from distserve.instance.loop import EngineBroken, StepLoop, Turn
+from distserve.sched.awaiting import Awaiting
 
 ME, PEER = InstanceRef("me", 1), InstanceRef("peer", 2)
 GATEWAY = GatewayRef("g", 3)
@@ -40,19 +41,26 @@ class Machine:
     deadline: float | None = None
 
     idle = True
+    planned = 0
 
     def handle(self, event: Any, now: float) -> list[Effect]:
         self.seen.append(event)
         if isinstance(event, Tick):
             self.deadline = None
         answers = self.script.get(type(event), [])
-        return answers.pop(0) if answers else []
+        effects = answers.pop(0) if answers else []
+        self.planned = next((e.plan.number for e in effects if isinstance(e, RunStep)), self.planned)
+        return effects
 
     def next_deadline(self) -> float | None:
         return self.deadline
 
     def load(self) -> Load:
         return Load(steps=len(self.seen))
+
+    def awaiting(self) -> Awaiting:
+        abandoned = any(isinstance(event, Abandon) and event.request_id == "r1" for event in self.seen)
+        return Awaiting(self.planned, {} if abandoned else {"r1": (GATEWAY, 1)})
 
 
 @dataclass
@@ -72,6 +80,9 @@ class Parts:
         self.log.append(("run", plan.number))
         self.on_run(plan)
         return Output((("r1", Token(plan.number)),))
+
+    def give_up(self, number: int) -> None:
+        self.log.append(("give up", number))
 
     def outward(self, turn: Turn) -> None:
         self.log.append(("say", tuple(send.event for send in turn.sends)))

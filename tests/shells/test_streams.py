@@ -290,3 +290,16 @@ async def test_a_stream_that_breaks_is_dialled_again_before_the_peer_counts_as_l
         source.send(ME, asked)
         assert await again.event() == asked
     await source.close()
+
+
+async def test_an_instance_that_leaves_ends_its_streams_well(caplog: pytest.LogCaptureFixture) -> None:
+    """Its gateways hear the end of a call, not of a connection, and the log has no trace of a cancelled handler."""
+    async with serving() as held:
+        stream = dialled(held.address)
+        await stream.accepted()
+        talk = asyncio.create_task(stream.converse(Outbox(100), pb.GatewayToInstance, lambda _: None))
+        await asyncio.to_thread(held.inbox.take, wait=True, timeout_s=10.0)  # it is attached
+        await held.network.close()
+        await asyncio.wait_for(talk, 10)
+        await stream.close()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -26,6 +26,7 @@ class Engine:
     def __init__(self, free: bool) -> None:
         self.go_on = threading.Event()
         self.began = threading.Event()
+        self.given_up = 0
         if free:
             self.go_on.set()
 
@@ -35,6 +36,9 @@ class Engine:
         if plan.number == 13:
             raise RuntimeError("no luck")
         return Output()
+
+    def give_up(self, number: int) -> None:
+        self.given_up = number
 
 
 @contextmanager
@@ -85,6 +89,19 @@ def test_steps_that_end_are_never_late_and_the_next_hang_is_still_seen() -> None
         engine.go_on.set()
         step.join(WAIT_S)
     assert len(said) == 1
+
+
+def test_giving_a_step_up_goes_through_while_it_runs() -> None:
+    engine = Engine(free=False)
+    with watched(engine, 60.0) as (made, said, _):
+        step = threading.Thread(target=made.run, args=(StepPlan(7, ()),))
+        step.start()
+        assert engine.began.wait(WAIT_S)
+        made.give_up(7)
+        assert engine.given_up == 7
+        engine.go_on.set()
+        step.join(WAIT_S)
+    assert said == []
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import torch
 import xxhash
 
 from distserve.core.types import InstanceRef, Ticket
+from distserve.engine.native import native_copies
 from distserve.transfer import Mover, MoverEvent, TransferConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +90,7 @@ class Local:
             report=self.events.put,
             kind=self.kind,
             config=self.config,
+            native=native_copies("auto"),
         )
 
     def event(self) -> MoverEvent:

@@ -43,6 +43,7 @@ LOCAL = {
     "StageCorrupt",
     "StepDone",
     "StepFailed",
+    "StepAbandoned",
     "Submitted",
     "ClientCancelled",
     "InstanceFound",

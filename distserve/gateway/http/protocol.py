@@ -1,7 +1,8 @@
 """uvicorn's HTTP protocol with bounds on what a connection may cost before the application sees anything of it.
 
 Owns: how many connections there are, in all and from one address; how long a request may take to arrive, and how long
-its head may be. A client that sends a byte now and then holds no connection for longer than that. Knows no path.
+its head may be. A client that sends a byte now and then holds no connection for longer than that, nor does one that
+reads nothing of its answer. Knows no path.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class _Bounded(HttpToolsProtocol):
         self._head_bytes: int | None = None  # of the head that arrives; None: within a body, or between requests
         self._body_bytes = 0  # with all that frames it
         self._patience: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None  # while its answer waits for it
 
     # ── the connection ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -89,6 +91,7 @@ class _Bounded(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._calm()
+        self._was_read()
         if self._address is not None:
             self._counted_in.leave(self._address)
             self._address = None
@@ -108,6 +111,31 @@ class _Bounded(HttpToolsProtocol):
             self._refuse(HEADERS_TOO_LARGE, f"The headers are longer than {most} bytes; send fewer.")
         elif self._body_bytes > FRAMING * self._limits.max_body_bytes:
             self._refuse(BODY_TOO_LARGE, "The body with what frames it is too long; send a shorter prompt.")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._was_read()
+        self._await_reader()
+
+    def _await_reader(self) -> None:
+        """The client leaves so much unread that nothing more is written: see whether it takes some of it in time."""
+        left = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(self._limits.unread_limit_s, self._look_at_reader, left)
+
+    def _look_at_reader(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._await_reader()
+        else:
+            self.transport.abort()  # not close: that would wait for it, too
+
+    def resume_writing(self) -> None:
+        self._was_read()
+        super().resume_writing()
+
+    def _was_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     # ── the request ──────────────────────────────────────────────────────────────────────────────────────────────────
 

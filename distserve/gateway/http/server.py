@@ -44,8 +44,6 @@ async def serve_http(
     With ``certificates`` it speaks TLS, each connection with the certificate of its own time.
     """
     limits = limits or Limits()
-    sock = listen("HTTP", host, port)
-    bound: int = sock.getsockname()[1]
     config = uvicorn.Config(
         app,
         http=bounded(limits),  # type: ignore[arg-type]  # it wants a class, and calls it
@@ -59,6 +57,8 @@ async def serve_http(
     )
     config.load()
     config.ssl = certificates.server_context() if certificates is not None else None
+    sock = listen("HTTP", host, port)
+    bound: int = sock.getsockname()[1]
     server = _Server(config)
     serving = asyncio.create_task(server.serve([sock]), name="http server")
     ready = asyncio.create_task(server.ready.wait())

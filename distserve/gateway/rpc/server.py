@@ -46,9 +46,7 @@ class GrpcServer:
     def __init__(self, front_end: FrontEnd, config: GrpcConfig) -> None:
         self.port = 0
         self._certificates = config.certificates
-        self._server = grpc.aio.server(
-            interceptors=(DecodingInterceptor(front_end.refused),), options=_options(config)
-        )
+        self._server = grpc.aio.server(interceptors=(DecodingInterceptor(front_end.refused),), options=_options(config))
         self._health = HealthServicer(PUBLIC_SERVICES, front_end.backend.ready)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(front_end), self._server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(front_end), self._server)

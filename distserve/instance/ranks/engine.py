@@ -47,3 +47,6 @@ class RankedEngine:
             tokens = self._crew.tokens(plan.number)
         sampling = [item.request_id for item in plan.items if item.sample]
         return StepOutput(tuple(zip(sampling, tokens, strict=True)), time.perf_counter() - began)
+
+    def give_up(self, number: int) -> None:
+        """Every step runs to its end: ranks must stay in step, and would have to agree on the layer to stop at."""

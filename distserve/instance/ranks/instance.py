@@ -10,6 +10,7 @@ from distserve.instance.ranks.moves import RankedDataPlane, Tally
 from distserve.instance.ranks.muster import Mustered, Orders, Processes, muster
 from distserve.instance.ranks.place import BadPlace, Place
 from distserve.models.weights import Progress
+from distserve.observe.startup import Mark, unmarked
 from distserve.transfer import Mover, MoverEvent, TransferConfig
 from distserve.transfer.address import data_address
 
@@ -33,7 +34,7 @@ class RankedInstance:
         self._processes = Processes()
         self._mustered: Mustered | None = None
 
-    def load(self, config: EngineConfig, progress: Progress) -> RankedEngine:
+    def load(self, config: EngineConfig, progress: Progress, mark: Mark = unmarked) -> RankedEngine:
         """Bring the ranks together and load. Raises ModelError, BadPlace or RankLost with a sentence."""
         try:
             self._mustered = muster(
@@ -45,6 +46,7 @@ class RankedInstance:
                 lost=self._lost,
                 asked=self._asked,
                 report=self._tally.take,
+                mark=mark,
             )
         except RuntimeError as error:
             raise BadPlace(f"the ranks of {self._orders.ref.id} did not come together: {error}") from error

@@ -81,9 +81,7 @@ class Tally:
 class RankedDataPlane:
     """Rank 0's own mover and those of its crew, as one (``instance.ports.DataPlane``). ``address`` names them all."""
 
-    def __init__(
-        self, own: Mover, crew: Crew, tally: Tally, address: str, part_with_ranks: Callable[[], None]
-    ) -> None:
+    def __init__(self, own: Mover, crew: Crew, tally: Tally, address: str, part_with_ranks: Callable[[], None]) -> None:
         self.address = address
         self._part_with_ranks = part_with_ranks
         self._own = own

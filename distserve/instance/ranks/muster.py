@@ -22,6 +22,8 @@ from distserve import __version__
 from distserve.core.types import InstanceRef
 from distserve.engine.collectives import open_groups
 from distserve.engine.config import EngineConfig
+from distserve.engine.memory import sized_for_ranks
+from distserve.engine.runner import max_model_len
 from distserve.engine.shard import ShardEngine
 from distserve.instance.ranks.crew import Crew
 from distserve.instance.ranks.link import LinkClosed, RankLink, fresh_nonce, proof
@@ -32,6 +34,7 @@ from distserve.models.catalog import resolve_model
 from distserve.models.config import read_config
 from distserve.models.shard import Shard
 from distserve.models.weights import Progress
+from distserve.observe.startup import Mark, unmarked
 from distserve.transfer import MoverEvent
 from distserve.v1 import ranks_pb2 as pb
 from distserve.wire.channels import address_of
@@ -114,12 +117,17 @@ def muster(
     lost: Callable[[str], None],
     asked: Callable[[], None],
     report: Callable[[int, MoverEvent], None],
+    mark: Mark = unmarked,
 ) -> Mustered:
     """Bring the ranks together and load. ``place`` is None when we start the others, on this machine.
 
     Raises ModelError, BadPlace, LinkClosed or RankLost with a sentence; see ``Crew`` for the callables.
     """
-    Shard(orders.parallel, 0, None).check(read_config(resolve_model(config.model)))  # before anything is started
+    shape = read_config(resolve_model(config.model))
+    Shard(orders.parallel, 0, None).check(shape)  # before anything is started
+    length = max_model_len(shape, config.max_model_len)
+    local = orders.parallel.ranks if place is None else place.local_world
+    config = sized_for_ranks(config, shape, length, orders.parallel, local)
     if place is None:
         keeper = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
         place = Place(0, orders.parallel.ranks, LOOPBACK, keeper.port, 0, keeper=True)
@@ -143,8 +151,10 @@ def muster(
         device=torch.device(device),
         timeout_s=orders.timeout_s,
     )
-    engine = ShardEngine.load(replace(config, device=device), orders.parallel, 0, lanes, pipe, progress)
+    mark("ranks")
+    engine = ShardEngine.load(replace(config, device=device), orders.parallel, 0, lanes, pipe, progress, mark)
     ready = crew.ready(LOAD_S)
+    mark("slowest_rank")
     for rank, facts in ready.items():
         if facts.fingerprint != engine.spec.fingerprint:
             raise BadPlace(f"rank {rank} loaded another model than rank 0; give every rank the same files")
@@ -227,6 +237,7 @@ def _welcome(config: EngineConfig, orders: Orders) -> pb.RankWelcome:
         pp=orders.parallel.pp,
         model=config.model,
         dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
         device=config.device,
         threads=config.threads,
         pool_blocks=config.blocks,

@@ -33,6 +33,7 @@ class Place:
     port: int
     local_rank: int  # on its machine
     keeper: bool  # whether this process keeps the store
+    local_world: int = 1  # ranks on its machine
     attempt: str = "0"  # of the whole group of processes; stores that outlive it tell attempts apart by this
 
     @property
@@ -80,7 +81,7 @@ def place_of(environ: Mapping[str, str], parallel: Parallel) -> Place | None:
     try:
         rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
         host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        local = int(environ.get("LOCAL_RANK", "0"))
+        local, beside = int(environ.get("LOCAL_RANK", "0")), int(environ.get("LOCAL_WORLD_SIZE", "1"))
     except (KeyError, ValueError) as error:
         raise BadPlace(
             f"RANK is set, but {error} is missing or no number: set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for "
@@ -93,7 +94,8 @@ def place_of(environ: Mapping[str, str], parallel: Parallel) -> Place | None:
         )
     agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Place(rank, world, host, port, local, keeper=rank == 0 and not agent, attempt=attempt)
+    keeper = rank == 0 and not agent
+    return Place(rank, world, host, port, local, keeper=keeper, local_world=max(1, beside), attempt=attempt)
 
 
 def rank_device(device: str, local_rank: int) -> str:

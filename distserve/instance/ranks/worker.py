@@ -177,6 +177,7 @@ class _Rank:
         config = EngineConfig(
             model=welcome.model,
             dtype=welcome.dtype,
+            kv_dtype=welcome.kv_dtype,
             device=rank_device(welcome.device, self._place.local_rank),
             threads=welcome.threads,
             pool_blocks=welcome.pool_blocks,

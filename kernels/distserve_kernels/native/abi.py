@@ -1,4 +1,4 @@
-"""The structures of ``model.h`` and the functions of ``engine.cpp``, as ctypes sees them. Knows no tensors.
+"""The structures of ``model.h`` and the functions of ``engine.cpp`` and ``copy.cpp``, as ctypes sees them.
 
 ctypes releases the interpreter's lock for the whole of each call.
 """
@@ -6,11 +6,17 @@ ctypes releases the interpreter's lock for the whole of each call.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_uint64, c_void_p
 from typing import Any
 
 FLOAT32, BFLOAT16 = 0, 1
 """Values of ``Model.dtype`` and of ``ds_pack``'s first argument."""
+
+COPY_UNIT = 1024
+"""Bytes: what ``ds_gather`` and ``ds_scatter`` copy of a pool is made of so many."""
+
+SHORTEST_SUM = 241
+"""Bytes: fewer they do not sum up."""
 
 
 class Linear(Structure):
@@ -80,6 +86,8 @@ class Step(Structure):
         ("tables", c_void_p),
         ("sample_rows", c_void_p),
         ("logits", c_void_p),
+        ("given_up", c_void_p),
+        ("number", c_int64),
     ]
 
 
@@ -91,6 +99,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ds_pack": (None, [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
     "ds_create": (c_void_p, [POINTER(Model), c_int64]),
     "ds_destroy": (None, [c_void_p]),
+    "ds_gather": (c_uint64, [c_void_p, c_void_p, c_int64, c_void_p, c_uint64]),
+    "ds_scatter": (c_uint64, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_uint64]),
     "ds_run": (c_int64, [c_void_p, POINTER(Step), POINTER(Pool)]),
 }
 

@@ -78,6 +78,10 @@ class Ends:
     final_norm: Norm | None = None
 
 
+class GivenUp(Exception):
+    """A call ended early, as asked: the KV of its tokens is not to be read."""
+
+
 class Decoder:
     """Weights are packed while ``layers`` is walked, so that the caller can let go of each layer in turn."""
 
@@ -98,14 +102,23 @@ class Decoder:
         self._run = library.ds_run
 
     def run(
-        self, pool: Tensor, tokens: array[int], segments: array[int], tables: array[int], samples: array[int]
+        self,
+        pool: Tensor,
+        tokens: array[int],
+        segments: array[int],
+        tables: array[int],
+        samples: array[int],
+        number: int = 0,
+        given_up: int | None = None,
     ) -> Tensor:
         """Compute ``tokens``, write their KV into ``pool``, return logits [samples, vocab] float32.
 
         pool: [blocks, layers, 2, kv_heads, block_size, head_dim], contiguous. segments: of each sequence its first row,
         tokens, position of the first of them, first entry in ``tables`` and entries there; samples: the rows whose
-        logits are wanted. All int64. The next call overwrites the logits. Raises IndexError when a token, row or block
-        is out of range.
+        logits are wanted. All int64. The next call overwrites the logits.
+
+        ``given_up``: the address of an int64 that any thread may write; the call ends early once it is ``number``.
+        Raises IndexError when a token, row or block is out of range, GivenUp when it ended early.
         """
         count = len(samples)
         if count > len(self._logits):
@@ -114,11 +127,13 @@ class Decoder:
         step = abi.Step(
             len(tokens), len(segments) // 5, count,
             tokens.buffer_info()[0], segments.buffer_info()[0], tables.buffer_info()[0], samples.buffer_info()[0],
-            self._logits.data_ptr(),
+            self._logits.data_ptr(), given_up, number,
         )  # fmt: skip
         code = self._run(self._handle, ctypes.byref(step), ctypes.byref(memory))
         if code == -1:
             raise IndexError("a token, row or block of the step is out of range")
+        if code == -3:
+            raise GivenUp(f"step {number} was given up")
         if code != 0:
             raise MemoryError("not enough memory for the activations of this step")
         return self._logits[:count]

@@ -13,8 +13,6 @@ struct Handle {
     void* forward;
 };
 
-constexpr int OUT_OF_RANGE = -1, NO_MEMORY = -2;
-
 }  // namespace
 
 extern "C" {
@@ -84,7 +82,7 @@ int64_t ds_run(void* handle, const Step* step, const Pool* pool) {
         return h->dtype == 0 ? static_cast<ds::Forward<float>*>(h->forward)->run(*step, *pool)
                              : static_cast<ds::Forward<bf16>*>(h->forward)->run(*step, *pool);
     } catch (const std::bad_alloc&) {
-        return NO_MEMORY;
+        return ds::NO_MEMORY;
     }
 }
 

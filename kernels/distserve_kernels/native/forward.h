@@ -8,6 +8,7 @@
 
 namespace ds {
 
+constexpr int OUT_OF_RANGE = -1, NO_MEMORY = -2, GIVEN_UP = -3;  // what a run returns if not 0
 constexpr long OWN_NORM_ROWS = 4;  // up to here each thread norms all rows itself: cheaper than meeting once more
 
 template <class T>
@@ -27,16 +28,18 @@ class Forward {
         }
     }
 
-    // 0, or -1: a token, a block or a row is out of range; nothing was computed.
+    // 0, or OUT_OF_RANGE: a token, a block or a row is; nothing was computed. GIVEN_UP: on the way; the KV of the step's
+    // tokens is written in some layers or in none, the logits are not to be read.
     int run(const Step& step, const Pool& pool) {
-        if (!sound(step, pool)) return -1;
+        if (!sound(step, pool)) return OUT_OF_RANGE;
         reserve(step.rows, step.samples);
         partials_.reserve(plan_attention(m_, step, tasks_), m_);
         plan_writes(step);
         step_ = &step;
         pool_ = &pool;
-        team_.run([](void* self, int thread) { static_cast<Forward*>(self)->pass(thread); }, this);
-        return 0;
+        team_.run([](void* self, int thread) { static_cast<Forward*>(self)->pass(thread); },
+                  [](void* self) { return static_cast<Forward*>(self)->given_up(); }, this);
+        return team_.stopped() ? GIVEN_UP : 0;
     }
 
    private:
@@ -75,27 +78,36 @@ class Forward {
         wide_.resize(room_ * ldw_);
     }
 
+    bool given_up() const {
+        return step_->given_up != nullptr && __atomic_load_n(step_->given_up, __ATOMIC_RELAXED) == step_->number;
+    }
+
+    // Between any two products the step may be given up: one of a long prompt can take a good part of a second.
     void pass(int thread) {
         embed(thread);
-        for (long i = 0; i < m_.layers; ++i) {
+        for (long i = 0; i < m_.layers && !team_.stopped(); ++i) {
             const Layer& layer = layers_[i];
             const LayerPool<T> kv(*pool_, m_, i);
             const T* x = normalize(residual_, layer.norm1, layer.norm1_bias, thread);
             product(team_, thread, x, ldh_, step_->rows, layer.qkv, Keep{qkv_.data(), ldqkv_, layer.qkv.bias, false});
             team_.meet();
+            if (team_.stopped()) return;
             attention(layer, kv, thread);
+            if (team_.stopped()) return;
             product(team_, thread, mixed_.data(), ldo_, step_->rows, layer.out, Add{residual_.data(), ldh_, layer.out.bias});
             team_.meet();
+            if (team_.stopped()) return;
             x = normalize(residual_, layer.norm2, layer.norm2_bias, thread);
             if (m_.gated)
                 product(team_, thread, x, ldh_, step_->rows, layer.up, Gate{wide_.data(), ldw_, layer.up.bias});
             else
                 product(team_, thread, x, ldh_, step_->rows, layer.up, Keep{wide_.data(), ldw_, layer.up.bias, true});
             team_.meet();
+            if (team_.stopped()) return;
             product(team_, thread, wide_.data(), ldw_, step_->rows, layer.down, Add{residual_.data(), ldh_, layer.down.bias});
             team_.meet();
         }
-        if (step_->samples > 0) head(thread);
+        if (step_->samples > 0 && !team_.stopped()) head(thread);
     }
 
     void embed(int thread) {

@@ -47,6 +47,15 @@ def load(cache: Path, say: Callable[[str], None] | None = None, flags: Sequence[
         raise NativeUnavailable(f"{path} cannot be made or loaded ({error})") from error
 
 
+def available(cache: Path, say: Callable[[str], None]) -> ctypes.CDLL | None:
+    """The library, or None with a line that says why there is none."""
+    try:
+        return load(cache, say)
+    except NativeUnavailable as why:
+        say(f"no native copies: {why}")
+        return None
+
+
 def find_compiler() -> tuple[str, ...]:
     """The command of a C++ compiler: $CXX, else the first that is installed."""
     if chosen := shlex.split(os.environ.get("CXX", "")):
@@ -78,7 +87,7 @@ def _build(compiler: Sequence[str], flags: Sequence[str], path: Path) -> None:
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        command = [*compiler, *flags, str(SOURCE / "engine.cpp"), "-o", scratch]
+        command = [*compiler, *flags, *map(str, sorted(SOURCE.glob("*.cpp"))), "-o", scratch]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
         if done.returncode != 0:
             raise NativeUnavailable(f"{compiler[0]} failed: {_first_error(done.stderr)}")

@@ -71,6 +71,8 @@ struct Step {
     const int64_t* tables;
     const int64_t* sample_rows;  // [samples]
     float* logits;               // [samples, vocab]
+    const int64_t* given_up;     // number of the step to give up, written by any thread at any time; null: none ever
+    int64_t number;              // of this step
 };
 
 }  // extern "C"

@@ -4,6 +4,7 @@
 // barriers, where a thread spins briefly (the others are nearly done) and then sleeps, so that a neighbour who needs the
 // core gets it. Of numbered pieces of work each thread takes those of its own stretch, one by one (adjacent pieces read
 // adjacent memory), and then what is left of the others': a thread that was interrupted holds back one piece, not its share.
+// At every meeting the last one to come asks, for all, whether to stop: until the next one all see the same answer.
 #pragma once
 
 #include <atomic>
@@ -17,6 +18,7 @@ namespace ds {
 class Team {
    public:
     using Work = void (*)(void* context, int thread);
+    using Stop = bool (*)(void* context);
 
     explicit Team(int size) : size_(size < 1 ? 1 : size), taken_(static_cast<size_t>(size_)) {
         for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { live(i); });
@@ -31,15 +33,21 @@ class Team {
 
     int size() const { return size_; }
 
-    // Run work(context, thread) on every thread of the team; returns when all are done. One caller at a time.
-    void run(Work work, void* context) {
+    // Run work(context, thread) on every thread of the team; returns when all are done. One caller at a time. From when
+    // stop(context) was true on, ``stopped`` is; it is up to the work to end then.
+    void run(Work work, Stop stop, void* context) {
         work_ = work;
+        stop_ = stop;
         context_ = context;
+        stopped_ = false;
         start_over();
         begin();
         work(context, 0);
         meet();
     }
+
+    // Whether the work is to end: the same for all threads between two meetings. After ``run``: whether it was.
+    bool stopped() const { return stopped_; }
 
     // Wait for the whole team; afterwards all pieces are untaken again. Only inside ``run``.
     void meet() {
@@ -88,6 +96,7 @@ class Team {
 
     void start_over() {
         for (Taken& t : taken_) t.count.store(0, std::memory_order_relaxed);
+        stopped_ = stopped_ || stop_(context_);
     }
 
     void begin() {
@@ -109,7 +118,9 @@ class Team {
     const int size_;
     std::vector<std::thread> threads_;
     Work work_ = nullptr;
+    Stop stop_ = nullptr;
     void* context_ = nullptr;
+    bool stopped_ = false;
     bool ending_ = false;
     alignas(64) std::atomic<uint32_t> call_{0};
     alignas(64) std::atomic<uint32_t> round_{0};

@@ -100,16 +100,17 @@ def paged_decode_attention(
         q.stride(0), q.stride(1), *kv.stride()[:4], tables.stride(0), kv_heads, group, dim, size, splits,
         DIM=wide, GROUP=max(16, triton.next_power_of_2(group)), WIDEN=widened(q.dtype), PRECISION=precision(q.dtype),
     )  # fmt: skip
-    _reduce[(sequences, heads)](
-        mixed, stats, out, heads, dim, splits, DIM=wide, SPLITS=triton.next_power_of_2(splits)
-    )
+    _reduce[(sequences, heads)](mixed, stats, out, heads, dim, splits, DIM=wide, SPLITS=triton.next_power_of_2(splits))
     return out
 
 
 def split_count(programs: int, longest: int, device: torch.device) -> int:
-    """Into how many parts to cut a context so that every processor has work, and no part is too small for one."""
+    """Into how many parts to cut a context so that every processor has work, and no part is too small for one.
+
+    A power of two: every number of splits is a case that the tuner measures, and must not be met first while serving.
+    """
     wanted = triton.cdiv(PROGRAMS_A_PROCESSOR * _processors(device), programs)
-    return max(1, min(wanted, MOST_SPLITS, longest // LEAST_SPLIT_TOKENS))
+    return int(triton.next_power_of_2(max(1, min(wanted, MOST_SPLITS, longest // LEAST_SPLIT_TOKENS))))
 
 
 def _processors(device: torch.device) -> int:

@@ -1,4 +1,5 @@
-"""Rotary positions and the KV write in one pass over a step's QKV. Meaning: ``paged_reference.rotary_kv_write``.
+"""Rotary positions and the KV write in one pass over a step's QKV; and the write alone, for models without them.
+Meaning: ``paged_reference.rotary_kv_write``, ``paged_kv_write``.
 
 A program takes one token and some of its heads; each is rotated in registers and stored once, where it belongs: Q in
 place, K and V in the pool. Angles and products in float32.
@@ -63,4 +64,30 @@ def rotary_kv_write(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv
         qkv, cos, sin, positions, kv, slots,
         qkv.stride(0), qkv.stride(1), cos.stride(0), *kv.stride()[:4],
         total - 2 * kv_heads, kv_heads, dim, kv.shape[3], HALF=triton.next_power_of_2(dim // 2),
+    )  # fmt: skip
+
+
+@triton.jit
+def _kv_write(
+    new_ptr, kv_ptr, slots_ptr, new_token, new_head, kv_block, kv_pair, kv_head, kv_token, kv_heads, dim, size,
+    HEADS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head, lane = tl.arange(0, HEADS), tl.arange(0, DIM)
+    slot = tl.load(slots_ptr + token)
+    inside = ((head < 2 * kv_heads) & (slot >= 0))[:, None] & (lane < dim)[None, :]
+    words = tl.load(new_ptr + token * new_token + head[:, None] * new_head + lane[None, :], mask=inside, other=0.0)
+    row = tl.where(head >= kv_heads, 1, 0) * kv_pair + (head % kv_heads) * kv_head
+    target = kv_ptr + (slot // size) * kv_block + (slot % size) * kv_token + row
+    tl.store(target[:, None] + lane[None, :], words, mask=inside)
+
+
+def paged_kv_write(new: Tensor, kv: Tensor, slots: Tensor) -> None:
+    """As the reference; the last dimension of each tensor is contiguous."""
+    tokens, total, dim = new.shape
+    if not tokens:
+        return
+    _kv_write[(tokens,)](
+        new, kv, slots, new.stride(0), new.stride(1), *kv.stride()[:4], total // 2, dim, kv.shape[3],
+        HEADS=triton.next_power_of_2(total), DIM=triton.next_power_of_2(dim),
     )  # fmt: skip

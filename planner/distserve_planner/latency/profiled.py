@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from distserve.sched.config import InstanceConfig
 from distserve_planner.latency.base import OutOfRange
 from distserve_planner.latency.profile import Curve, Profile
 from distserve_planner.latency.regress import squares
@@ -63,7 +64,8 @@ class ProfiledModel:
 
     @property
     def kv_capacity_tokens(self) -> int:
-        return self.profile.kv_tokens
+        """No more than the largest context that was measured: a full pool is then within the profile."""
+        return min(self.profile.kv_tokens, self.profile.range.context)
 
     @property
     def uncertainty(self) -> float:
@@ -96,6 +98,18 @@ class ProfiledModel:
     def _within(self, what: str, asked: float, most: float) -> None:
         if asked > most:
             raise OutOfRange(f"the profile of {self.profile.model} does not reach {asked:.0f} {what}", f"{most:.0f}")
+
+
+def within(profile: Profile, limits: InstanceConfig) -> InstanceConfig:
+    """``limits`` with which no step goes beyond what was measured."""
+    most = profile.range
+    return replace(
+        limits,
+        max_sequences=min(limits.max_sequences, most.batch),
+        max_batch_tokens=min(limits.max_batch_tokens, most.step_tokens),
+        max_mixed_tokens=min(limits.max_mixed_tokens, most.step_tokens),
+        prefill_chunk=min(limits.prefill_chunk, most.step_tokens),
+    )
 
 
 def _extra(profile: Profile, kind: str, beside: Beside, live: float) -> tuple[float, float]:

@@ -19,9 +19,10 @@ from distserve_planner.latency.source import default_policy, is_file, latency_mo
 from distserve_planner.plan import Plan
 from distserve_planner.refusal import CannotPlan
 from distserve_planner.simulation.deployment import InstanceSpec, instance, on_ports, policy
-from distserve_planner.simulation.result import SimulationResult, Slo
+from distserve_planner.simulation.result import SimulationResult
 from distserve_planner.simulation.run import simulate
 from distserve_planner.simulation.shared import Machine, simulate_shared
+from distserve_planner.slo import classes_of
 from distserve_planner.workload import Workload
 
 KV_BYTES_S = 25e9
@@ -48,13 +49,10 @@ class Running:
     def kinds(self) -> tuple[Hashable, ...]:
         return tuple((each.gpu, each.tp, each.pp, each.kv_tokens) for each in self.plan.instances)
 
-    @property
-    def slo(self) -> Slo:
-        return Slo(self.plan.slo.ttft_s, self.plan.slo.tpot_s, self.plan.slo.attainment)
-
     def met(self, roles: tuple[Role, ...]) -> np.ndarray:
-        """Whether each request met both limits, in order of arrival. Raises CannotPlan or OutOfRange."""
-        met = self.result(roles).met(self.slo)
+        """Whether each request met both limits of its class, in order of arrival. Raises CannotPlan or OutOfRange."""
+        classes = classes_of(self.plan)
+        met = classes.met(self.result(roles), classes.kinds(self.workload.jobs))
         order = np.argsort([job.arrival_s for job in self.workload.jobs], kind="stable")
         return np.asarray(met)[order]
 

@@ -61,6 +61,11 @@ class Unit:
     def colocated(self) -> bool:
         return self.mixed is not None
 
+    @property
+    def serves(self) -> bool:
+        """Whether it serves alone; a phase alone does not."""
+        return self.colocated or (self.prefill is not None and self.decode is not None)
+
     def parts(self) -> Iterator[tuple[Shape, int]]:
         """(shape, count) of each kind of instance."""
         for shape, count in ((self.prefill, self.n_prefill), (self.decode, self.n_decode), (self.mixed, self.n_mixed)):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from distserve_planner.hardware import Gpu
+from distserve_planner.latency.base import OutOfRange
 from distserve_planner.selection.candidates import Shape, Unit, ratios
 from distserve_planner.selection.memo import Memo
 from distserve_planner.selection.rates import Goodput, Outcome, goodput
@@ -79,6 +80,11 @@ class Ranking:
         return sum(1 for e in self.entries if e.found is not None)
 
     @property
+    def beyond(self) -> tuple[Entry, ...]:
+        """Those that could not be judged for want of latency data."""
+        return tuple(e for e in self.entries if e.found is not None and e.found.beyond)
+
+    @property
     def trials(self) -> int:
         return sum(e.found.trials for e in self.entries if e.found is not None)
 
@@ -100,8 +106,14 @@ class Phases:
 
 
 def measure(trials: Trials, unit: Unit, target: float, guess: float, beat: float) -> Goodput:
-    """Goodput of one unit; a function of its arguments, so that another process may call it."""
-    return goodput(lambda rate: trials.trial(unit, rate), target, guess, beat)
+    """Goodput of one unit; a function of its arguments, so that another process may call it.
+
+    A unit whose trials leave the latency data is not judged, and says so: one such candidate ends no search.
+    """
+    try:
+        return goodput(lambda rate: trials.trial(unit, rate), target, guess, beat)
+    except OutOfRange as error:
+        return Goodput(0.0, 0.0, 0.0, beyond=str(error))
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from distserve_planner.selection.rates import Goodput, Outcome, Point, goodput
 from distserve_planner.selection.trials import LINK_LATENCY_S, SimulatedTrials
 from distserve_planner.simulation.deployment import Deployment
 from distserve_planner.simulation.result import SimulationResult
+from distserve_planner.simulation.shared import Settled
 from distserve_planner.slo import planned_classes
 
 
@@ -31,7 +32,7 @@ from distserve_planner.slo import planned_classes
 class Fleet:
     """``unit``: all instances. ``copies``: of the unit that was measured. ``ids`` and ``shapes``: one each instance, in
     the order of ``segments``' instances. ``found``: what all of them serve.
-    ``result``: the fleet (or one of its slices) simulated at the rate.
+    ``run``: the fleet (or one of its slices) simulated at the rate.
     """
 
     unit: Unit
@@ -42,7 +43,11 @@ class Fleet:
     flows: tuple[Flow, ...]
     placement: Placement
     found: Goodput
-    result: SimulationResult
+    run: Settled
+
+    @property
+    def result(self) -> SimulationResult:
+        return self.run.result
 
 
 def size_fleet(problem: Problem, trials: SimulatedTrials, entry: Entry) -> Fleet:
@@ -122,13 +127,13 @@ def _placed(problem: Problem, trials: SimulatedTrials, whole: Unit, copies: int,
         ]
     placement = place(problem.cluster, segments, flows, together)
     if whole.one_node:
-        result = trials.result(_divided(whole, copies), problem.rate / copies)
-    elif whole.colocated:
-        result = trials.result(whole, problem.rate)
+        run = trials.run(_divided(whole, copies), problem.rate / copies)
+    elif whole.colocated or trials.machine(whole) is not None:
+        run = trials.run(whole, problem.rate)
     else:
         deployment = linked(problem.cluster, trials, whole, segments, stages, placement)
-        result = trials.result(whole, problem.rate, deployment)
-    return Fleet(whole, copies, ids, kinds, tuple(segments), tuple(flows), placement, found, result)
+        run = trials.run(whole, problem.rate, deployment)
+    return Fleet(whole, copies, ids, kinds, tuple(segments), tuple(flows), placement, found, run)
 
 
 def _divided(whole: Unit, copies: int) -> Unit:

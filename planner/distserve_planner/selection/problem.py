@@ -16,10 +16,11 @@ from distserve_planner.refusal import CannotPlan, nearest
 from distserve_planner.selection.trials import LatencySource, SimulatedTrials
 from distserve_planner.simulation.result import Slo
 from distserve_planner.slo import SloClasses
-from distserve_planner.workload import Resampled, Workload, poisson, synthetic
+from distserve_planner.workload import Resampled, Workload, burstiness, gamma, poisson, synthetic
 
 ALGORITHMS = ("auto", "high", "low")
 OBJECTIVES = ("goodput", "cost", "fewest")
+_TELLING, _POISSON = 50, 0.2  # arrivals that tell their burstiness; how near 1 it counts as Poisson's
 _TOO_MANY = 0.05  # share of the requests that may be left out for their length
 
 
@@ -88,15 +89,24 @@ def trials_of(problem: Problem, requests: int) -> SimulatedTrials:
 
 
 def steady(workload: Workload, requests: int, seed: int) -> Workload:
-    """``requests`` jobs like these: the trace itself when it is long enough, else its lengths with Poisson arrivals."""
+    """``requests`` jobs like these: the trace itself when it is long enough, else its lengths with arrivals as bursty
+    as its own (Gamma gaps of the same coefficient of variation), Poisson when it tells too little.
+    """
     if len(workload.jobs) >= requests and workload.span_s > 0:
         return replace(workload, jobs=tuple(sorted(workload.jobs, key=lambda j: j.arrival_s)[:requests]))
-    drawn = synthetic(Resampled(workload.lengths()), poisson(1.0), requests, seed, workload.name)
+    arrivals = gamma(1.0, burstiness(workload)) if drawn_bursty(workload) else poisson(1.0)
+    drawn = synthetic(Resampled(workload.lengths()), arrivals, requests, seed, workload.name)
     if not any(job.slo_class for job in workload.jobs):
         return drawn
     source = np.random.default_rng([seed, 1]).integers(0, len(workload.jobs), requests)  # as ``Resampled`` draws
     named = (replace(job, slo_class=workload.jobs[i].slo_class) for job, i in zip(drawn.jobs, source, strict=True))
     return replace(drawn, jobs=tuple(named))
+
+
+def drawn_bursty(workload: Workload) -> bool:
+    """Whether a trace has arrivals enough to tell their burstiness, and they are not Poisson's."""
+    sure = len(workload.jobs) >= _TELLING and workload.span_s > 0
+    return sure and abs(burstiness(workload) - 1) > _POISSON
 
 
 def shortened(problem: Problem) -> tuple[Problem, str]:

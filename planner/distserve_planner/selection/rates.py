@@ -20,7 +20,8 @@ MOST = 1e4
 """Requests a second beyond which nothing is asked: a run this short cannot tell any more."""
 _BATCHES = 20
 _Z = 1.96
-_WARM_UP = 0.1  # share of the requests that only fill the system
+WARM_UP = 0.1
+"""Share of the requests that only fill the system: not judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Point:
 
     @staticmethod
     def of(rate: float, outcome: Outcome) -> Point:
-        start = int(len(outcome.ttft_met) * _WARM_UP)
+        start = int(len(outcome.ttft_met) * WARM_UP)
         ttft, tpot = outcome.ttft_met[start:], outcome.tpot_met[start:]
         met, shift = _binding(ttft & tpot, outcome, start)
         batches = min(_BATCHES, max(2, len(met) // 10))
@@ -75,7 +76,7 @@ class Goodput:
     """``rate`` in requests a second, 0 where no rate met the target; ``low`` to ``high`` its 95 % interval.
 
     ``points``: every trial, ascending in rate. ``at_most``: true when the search stopped because it cannot beat
-    another.
+    another. ``beyond``: why it could not be judged, where a trial needed steps that no latency data cover.
     """
 
     rate: float
@@ -83,6 +84,7 @@ class Goodput:
     high: float
     points: tuple[Point, ...] = field(default=())
     at_most: bool = False
+    beyond: str = ""
 
     @property
     def trials(self) -> int:

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from distserve_planner.latency.base import LatencyModel
 from distserve_planner.refusal import CannotPlan
 from distserve_planner.selection.candidates import Shape, Unit, low_affinity_pairs, shapes
 from distserve_planner.selection.explore import Entry, Explorer, Phases, Progress, Ranking, Value, free_ratios, gpus
@@ -20,7 +21,6 @@ from distserve_planner.selection.memo import Memo
 from distserve_planner.selection.problem import Problem, shortened, trials_of
 from distserve_planner.selection.rates import Goodput
 from distserve_planner.selection.trials import SimulatedTrials
-from distserve_planner.simulation.result import Slo
 
 _NEAR = 0.1
 """Units within a tenth of the best while choosing may be the best at steady state: they are measured to the end."""
@@ -41,16 +41,13 @@ class SearchResult:
     phases: Phases | None
     notes: tuple[str, ...] = field(default=())
 
-    def capacity(self, shape: Shape) -> int:
-        """Tokens of KV that an instance of this shape holds."""
-        return self.problem.latency.of(shape).kv_capacity_tokens
+    def model(self, shape: Shape) -> LatencyModel:
+        """The latencies that an instance of the plan was simulated with."""
+        other = self.problem.mixed_latency if self.fleet.unit.colocated else None
+        return (other or self.problem.latency).of(shape)
 
-    def uncertainty(self, shape: Shape) -> float:
-        """Relative standard error of its step times."""
-        return self.problem.latency.of(shape).uncertainty
-
-    def trials(self, slo: Slo, longer: float = 1.0) -> SimulatedTrials:
-        """New trials under other limits, or with all lengths scaled and cut to what the model takes."""
+    def trials(self, scale: float = 1.0, longer: float = 1.0) -> SimulatedTrials:
+        """New trials with all latency limits scaled, or with all lengths scaled and cut to what the model takes."""
         limit = self.problem.model.max_len - 1
         jobs = tuple(
             replace(
@@ -60,8 +57,14 @@ class SearchResult:
             )
             for j in self.problem.workload.jobs
         )
-        problem = replace(self.problem, slo=slo, workload=replace(self.problem.workload, jobs=jobs))
-        return trials_of(problem, self.problem.effort.requests)
+        problem, classes = self.problem, self.problem.classes
+        problem = replace(
+            problem,
+            slo=problem.slo.scaled(scale),
+            classes=classes.scaled(scale) if classes is not None else None,
+            workload=replace(problem.workload, jobs=jobs),
+        )
+        return trials_of(problem, problem.effort.requests)
 
 
 def search(
@@ -108,11 +111,12 @@ class _Search:
         finalists = self._again(ranking.measured[: problem.effort.finalists])
         colocated = self._again(mixed.measured[:2])
         entries = [*finalists, *colocated]
+        beyond = [*ranking.beyond, *mixed.beyond]
         if not entries:
-            raise CannotPlan(self._why_none(found))
+            raise CannotPlan(beyond[0].found.beyond if beyond and beyond[0].found else self._why_none(found))
         best = max(entries, key=lambda e: (e.rate / self._cost(e.unit), -e.unit.gpus))
         fleet, chosen = self._fleet(entries, best)
-        return SearchResult(problem, chosen, fleet, finalists, colocated, ranking, phases, self._notes())
+        return SearchResult(problem, chosen, fleet, finalists, colocated, ranking, phases, self._notes(beyond))
 
     def _shapes(self) -> list[Shape]:
         """What fits and what the latency model knows."""
@@ -196,12 +200,12 @@ class _Search:
             f"({tpot})"
         )
 
-    def _notes(self) -> tuple[str, ...]:
+    def _notes(self, beyond: list[Entry]) -> tuple[str, ...]:
         found = [self._note] if self._note else []
-        found += [f"latencies: {model.name}" for model in list(self._trials.models.values())[:1]]
         for shape, model in self._trials.models.items():
             for what, asked in getattr(model, "beyond", {}).items():
                 found.append(f"{shape}: {what} up to {asked:.0f} is beyond the measurements; its utilisation was held")
+        found += [f"not judged: {e.unit}: {e.found.beyond}" for e in beyond if e.found is not None]
         return tuple(dict.fromkeys(found))
 
 

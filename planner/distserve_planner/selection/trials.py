@@ -14,12 +14,13 @@ from typing import Protocol
 import numpy as np
 
 from distserve.core.types import Role
+from distserve.sched.config import InstanceConfig
 from distserve_planner.cluster import Cluster, Pod
 from distserve_planner.latency.base import LatencyModel, OutOfRange
 from distserve_planner.latency.fitted import FittedModel
 from distserve_planner.latency.operators import OperatorLatency, engine_named
 from distserve_planner.latency.profile import read_profile
-from distserve_planner.latency.profiled import ProfiledModel
+from distserve_planner.latency.profiled import ALONE, ProfiledModel, within
 from distserve_planner.memory import DEFAULT_RULE, MemoryRule
 from distserve_planner.models import ModelFacts
 from distserve_planner.selection.bounds import Requests, decode_work, prefill_work, rate_by_work, rate_md1, share_within
@@ -28,6 +29,7 @@ from distserve_planner.selection.rates import Outcome
 from distserve_planner.simulation.deployment import Deployment, InstanceSpec, instance, on_ports, policy
 from distserve_planner.simulation.result import SimulationResult, Slo
 from distserve_planner.simulation.run import simulate
+from distserve_planner.simulation.shared import Machine, Settled, settle
 from distserve_planner.slo import SloClasses
 from distserve_planner.workload import Workload
 
@@ -73,12 +75,14 @@ class FromFit:
 
 @dataclass(frozen=True, slots=True)
 class FromProfile:
-    """This machine's own measurements (``latency.profiled``), every instance beside busy ones."""
+    """This machine's own measurements (``latency.profiled``): of an instance alone, which no crowded one beats, for
+    bounds and phases; whole units are simulated as they share the machine (``simulation.shared``)."""
 
     path: str
+    digest: str = ""  # of the file: measured anew, it is another question
 
     def of(self, shape: Shape) -> LatencyModel:
-        return ProfiledModel(read_profile(self.path), shape.tp, shape.pp)
+        return ProfiledModel(read_profile(self.path), shape.tp, shape.pp, beside=ALONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +139,7 @@ class SimulatedTrials:
 
     def trial(self, unit: Unit, rate: float) -> Outcome:
         """Simulates ``unit`` at ``rate`` requests a second."""
-        result = simulate(self.deployment(unit), self._asked(unit).at_rate(rate))
-        ttft, tpot = self.judged(result)
+        ttft, tpot = self.judged(self.run(unit, rate).result)
         if unit.prefill is None and unit.mixed is None:
             ttft = np.ones_like(ttft)
         return self.outcome(ttft, tpot)
@@ -160,9 +163,27 @@ class SimulatedTrials:
             self._of_class = self.classes.kinds(self.workload.jobs)
         return self._of_class
 
-    def result(self, unit: Unit, rate: float, deployment: Deployment | None = None) -> SimulationResult:
+    def run(self, unit: Unit, rate: float, deployment: Deployment | None = None) -> Settled:
         """The whole simulation at ``rate``, on given links if a deployment is given."""
-        return simulate(deployment or self.deployment(unit), self._asked(unit).at_rate(rate))
+        asked = self._asked(unit).at_rate(rate)
+        if (machine := self.machine(unit)) is not None:
+            return settle(machine, asked)
+        deployment = deployment or self.deployment(unit)
+        return Settled(deployment, asked, simulate(deployment, asked))
+
+    def machine(self, unit: Unit) -> Machine | None:
+        """The profiled machine that the unit's instances share, when its latencies are of one."""
+        roles = [role for _, count, role in _roles(unit) for _ in range(count)]
+        model = self.model(next(unit.parts())[0], unit.colocated)
+        if not isinstance(model, ProfiledModel) or not unit.serves:
+            return None
+        return Machine(model.profile, tuple(roles), self.limits(unit))
+
+    def limits(self, unit: Unit) -> InstanceConfig:
+        """Batching limits of the unit's instances; never beyond what a profile measured."""
+        found = policy(unit.policy or self.policy)
+        model = self.model(next(unit.parts())[0], unit.colocated)
+        return within(model.profile, found) if isinstance(model, ProfiledModel) else found
 
     def _asked(self, unit: Unit) -> Workload:
         """The base workload; a prefill-only unit is asked for one token each."""
@@ -177,29 +198,22 @@ class SimulatedTrials:
         if unit.mixed is None and unit.prefill is None:
             specs = self._fed(unit)
             return on_ports(specs, _NO_LIMIT)
-        specs = self.specs(unit)
-        model = specs[0].model
-        if isinstance(model, ProfiledModel):
-            link = model.profile.link
-            return on_ports(specs, link.bytes_s, link.latency_s + model.profile.live.handoff_s)
-        return on_ports(specs, self.kv_bytes_s(unit), LINK_LATENCY_S)
+        return on_ports(self.specs(unit), self.kv_bytes_s(unit), LINK_LATENCY_S)
 
     def specs(self, unit: Unit) -> list[InstanceSpec]:
         """One spec an instance: prefill ones, then decode, then mixed."""
-        limits = policy(unit.policy or self.policy)
+        limits = self.limits(unit)
         if unit.decode is None and unit.mixed is None:  # a prefill phase alone: one instance that also ends the request
             assert unit.prefill is not None
             return [instance(Role.MIXED, self.model(unit.prefill), limits)] * unit.n_prefill
-        kinds = ((unit.prefill, unit.n_prefill, Role.PREFILL), (unit.decode, unit.n_decode, Role.DECODE))
         found: list[InstanceSpec] = []
-        for shape, count, role in (*kinds, (unit.mixed, unit.n_mixed, Role.MIXED)):
-            if shape is not None:
-                found += [instance(role, self.model(shape, role is Role.MIXED), limits)] * count
+        for shape, count, role in _roles(unit):
+            found += [instance(role, self.model(shape, role is Role.MIXED), limits)] * count
         return found
 
     def _fed(self, unit: Unit) -> list[InstanceSpec]:
         assert unit.decode is not None
-        limits, model = policy(unit.policy or self.policy), self.model(unit.decode)
+        limits, model = self.limits(unit), self.model(unit.decode)
         feeder = replace(limits, max_batch_tokens=1 << 30, max_sequences=1 << 20, prefill_chunk=1 << 30)
         decode = instance(Role.DECODE, model, limits)
         return [instance(Role.PREFILL, InstantPrefill(model.kv_bytes_per_token), feeder), *[decode] * unit.n_decode]
@@ -229,7 +243,7 @@ class SimulatedTrials:
         return self._bounds[unit]
 
     def _bound(self, unit: Unit) -> float:
-        limits = policy(unit.policy or self.policy)
+        limits = self.limits(unit)
         asked, share = self.requests(), self.slo.attainment
         prompts, outputs = asked.prompt.tolist(), asked.output.tolist()
         rates = []
@@ -263,7 +277,7 @@ class SimulatedTrials:
                 rates.append(count * max(rate_md1(work, self.slo.ttft_s / 2), 0.1 / work))
             if decodes and output > 1:
                 context = prompt + output / 2
-                most = max(1, int(min(model.kv_capacity_tokens / context, policy(self.policy).max_sequences)))
+                most = max(1, int(min(model.kv_capacity_tokens / context, self.limits(unit).max_sequences)))
                 fitting = [b for b in _POWERS if b <= most and self._step(model, b, context) <= self.slo.tpot_s]
                 batch = max(fitting, default=1)
                 rates.append(0.8 * count * batch / (self._step(model, batch, context) * (output - 1)))
@@ -299,6 +313,14 @@ class SimulatedTrials:
                 np.array([job.arrival_s for job in jobs]),
             )
         return self._requests
+
+
+def _roles(unit: Unit) -> Iterator[tuple[Shape, int, Role]]:
+    """(shape, instances, role), prefill first, then decode, then mixed."""
+    kinds = ((unit.prefill, unit.n_prefill, Role.PREFILL), (unit.decode, unit.n_decode, Role.DECODE))
+    for shape, count, role in (*kinds, (unit.mixed, unit.n_mixed, Role.MIXED)):
+        if shape is not None and count:
+            yield shape, count, role
 
 
 def _kinds(unit: Unit) -> Iterator[tuple[Shape, int, bool, bool]]:

@@ -21,9 +21,10 @@ from distserve_planner.plan import (
 from distserve_planner.selection.candidates import Unit
 from distserve_planner.selection.explore import Entry
 from distserve_planner.selection.fleet import classes_met, outcome_of, spread
+from distserve_planner.selection.problem import drawn_bursty
 from distserve_planner.selection.run import SearchResult
 from distserve_planner.selection.trials import FromProfile
-from distserve_planner.simulation.deployment import policy
+from distserve_planner.workload import burstiness
 
 _SHORT = 2000  # requests below which a goodput is a matter of the run's length
 
@@ -38,7 +39,7 @@ def plan_from(result: SearchResult, trace: str = "") -> Plan:
         pod=problem.cluster.pod.value,
         algorithm=problem.algorithm,
         objective=problem.objective,
-        latency=next((note.removeprefix("latencies: ") for note in result.notes if note.startswith("latencies: ")), ""),
+        latency=", ".join(dict.fromkeys(result.model(shape).name for shape in result.fleet.shapes)),
         policy=result.fleet.unit.policy or problem.policy,
         slo=Targets(problem.slo.ttft_s, problem.slo.tpot_s, problem.slo.attainment),
         load=Load(
@@ -59,7 +60,7 @@ def plan_from(result: SearchResult, trace: str = "") -> Plan:
         notes=(*result.notes, *_cautions(result)),
         trace=trace,
         slo_classes=classes_met(result.fleet.result, problem),
-        batching=Batching.of(policy(result.fleet.unit.policy or problem.policy)),
+        batching=Batching.of(result.fleet.run.deployment.instances[0].config),
         **_of_profile(result),
     )
     plan.check()
@@ -68,7 +69,7 @@ def plan_from(result: SearchResult, trace: str = "") -> Plan:
 
 def _of_profile(result: SearchResult) -> dict[str, Any]:
     """Which machine's measurements it rests on, if on any."""
-    source, model = result.problem.latency, result.problem.latency.of(result.fleet.shapes[0])
+    source, model = result.problem.latency, result.model(result.fleet.shapes[0])
     if not isinstance(source, FromProfile) or not isinstance(model, ProfiledModel):
         return {}
     return {"profile": source.path, "dtype": model.profile.dtype, "threads": model.profile.threads}
@@ -83,7 +84,7 @@ def _instances(result: SearchResult) -> Iterator[PlannedInstance]:
             for segment, d, gpus in zip(fleet.segments, fleet.placement.domains, fleet.placement.gpus, strict=True)
             if segment.instance == name
         ]
-        tokens = result.capacity(shape)
+        tokens = result.model(shape).kv_capacity_tokens
         yield PlannedInstance(name, name.rpartition("-")[0], shape.gpu.name, shape.tp, shape.pp, tokens, tuple(stages))
 
 
@@ -100,7 +101,7 @@ def _prediction(result: SearchResult) -> Prediction:
         gpus=gpus,
         per_gpu=found.rate / gpus,
         cost_per_million=fleet.unit.price_per_hour / tokens_per_hour * 1e6,
-        uncertainty=max(result.uncertainty(shape) for shape in fleet.shapes),
+        uncertainty=max(result.model(shape).uncertainty for shape in fleet.shapes),
     )
 
 
@@ -153,6 +154,10 @@ def _cautions(result: SearchResult) -> Iterator[str]:
         f"{len(ranking.entries)} disaggregated units: {ranking.simulated} simulated ({ranking.trials} runs), "
         f"{len(ranking.entries) - ranking.simulated} ruled out by bounds"
     )
+    workload = result.problem.workload
+    if len(workload.jobs) < effort.requests:
+        cv = f"Gamma arrivals of variation {burstiness(workload):.2f}" if drawn_bursty(workload) else "Poisson arrivals"
+        yield f"{len(workload.jobs)} requests are fewer than a trial's: lengths were drawn from them, with {cv}"
     if max(effort.requests, effort.final_requests) < _SHORT:
         yield f"goodput over {effort.final_requests} requests: short runs overstate it, by a third and more"
     if result.fleet.found.low < result.problem.rate:

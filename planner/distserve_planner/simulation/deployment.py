@@ -49,14 +49,12 @@ POLICIES: dict[str, InstanceConfig] = {
     "chunked": limits(BatchPolicy.CHUNKED, batch=2048, mixed=512, chunk=512, sequences=256, headroom=0.02),
     # the same with the limits that `distserve serve` has by default
     "serve": limits(BatchPolicy.CHUNKED, batch=2048, mixed=512, chunk=512, sequences=64, headroom=0.02),
+    # and without chunks: prompts whole and before decodes, as its engine does with --batching prompts-first
+    "prompts-first": limits(BatchPolicy.PROMPTS_FIRST, batch=2048, mixed=2048, chunk=2048, sequences=64, headroom=0.02),
     # DistServe's scripts: whole prompts, 8192 tokens a prefill batch; its engine admits a sequence when its blocks fit
-    "distserve": limits(
-        BatchPolicy.WHOLE_PROMPTS, batch=8192, mixed=8192, chunk=WHOLE, sequences=1024, headroom=0.0
-    ),
+    "distserve": limits(BatchPolicy.WHOLE_PROMPTS, batch=8192, mixed=8192, chunk=WHOLE, sequences=1024, headroom=0.0),
     # vLLM of 2023: prompts before decodes, 2560 tokens and 256 sequences a batch, 1 % of the blocks kept free
-    "vllm-2023": limits(
-        BatchPolicy.PROMPTS_FIRST, batch=2560, mixed=2560, chunk=WHOLE, sequences=256, headroom=0.01
-    ),
+    "vllm-2023": limits(BatchPolicy.PROMPTS_FIRST, batch=2560, mixed=2560, chunk=WHOLE, sequences=256, headroom=0.01),
 }
 
 

@@ -18,6 +18,10 @@ class Slo:
     tpot_s: float
     attainment: float = 0.9
 
+    def scaled(self, factor: float) -> Slo:
+        """Both limits times ``factor``; the share stays."""
+        return Slo(self.ttft_s * factor, self.tpot_s * factor, self.attainment)
+
 
 @dataclass(slots=True)
 class Trail:

@@ -66,8 +66,26 @@ class Machine:
         return on_ports(specs, link.bytes_s, link.latency_s + self.profile.live.handoff_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The run at which the shares stood still: ``workload`` as it reaches the instances, ``result`` as a client sees
+    it."""
+
+    deployment: Deployment
+    workload: Workload
+    result: SimulationResult
+
+
 def simulate_shared(machine: Machine, workload: Workload, *, seed: int = 0) -> SimulationResult:
     """What every request of ``workload`` would see of the machine. Times are a client's on the same machine.
+
+    Raises as ``settle``.
+    """
+    return settle(machine, workload, seed=seed).result
+
+
+def settle(machine: Machine, workload: Workload, *, seed: int = 0) -> Settled:
+    """Runs until the shares that go in are those that come out.
 
     Raises CannotPlan for a workload without requests, and OutOfRange for steps beyond what was measured.
     """
@@ -83,7 +101,8 @@ def simulate_shared(machine: Machine, workload: Workload, *, seed: int = 0) -> S
     shares: list[Shares] = [CROWDED if len(machine.roles) > 1 else ALONE] * len(machine.roles)
     for _ in range(_ROUNDS):
         busy = [_Busy() for _ in machine.roles]
-        result = simulate(machine.deployment(shares), shifted, seed=seed, watch=_watch(busy))
+        deployment = machine.deployment(shares)
+        result = simulate(deployment, shifted, seed=seed, watch=_watch(busy))
         seen = [_beside(busy, i) for i in range(len(busy))]
         moved = max(_distance(a, b) for a, b in zip(seen, shares, strict=True))
         if moved < _STILL:
@@ -91,7 +110,7 @@ def simulate_shared(machine: Machine, workload: Workload, *, seed: int = 0) -> S
         shares = seen
     for trail, job in zip(result.trails, workload.jobs, strict=True):
         trail.arrival = job.arrival_s
-    return result
+    return Settled(deployment, shifted, result)
 
 
 class _Busy:

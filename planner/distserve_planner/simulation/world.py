@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from distserve.core.effects import Controller, Effect, Send, SendStage
@@ -37,6 +38,7 @@ from distserve.core.types import (
     Request,
     Sampling,
     Stopping,
+    Timings,
     first_epoch,
 )
 from distserve.kv.prefix import PREFIX_RUN, chain_hashes
@@ -55,6 +57,8 @@ GREEDY = Sampling(temperature=0.0)
 MODEL = "m"
 Flight = tuple[int, int, SendStage, float]
 """A stage on its way: source, destination, what was asked, bytes."""
+Measured = Callable[[int, Timings, float], None]
+"""Told what an instance measured of a request, and when. Only without jumps is all of it told."""
 STEP, TRANSFER, MESSAGE, ARRIVAL = range(4)  # the order of equal times
 
 
@@ -69,9 +73,17 @@ class World:
     """One run. Build it, ``run`` it once."""
 
     def __init__(
-        self, deployment: Deployment, workload: Workload, *, jumps: bool, seed: int, watch: StepWatch | None = None
+        self,
+        deployment: Deployment,
+        workload: Workload,
+        *,
+        jumps: bool,
+        seed: int,
+        watch: StepWatch | None = None,
+        measured: Measured | None = None,
     ) -> None:
         self.deployment = deployment
+        self._measured = measured
         self.now = 0.0
         self.events = 0
         self.trails = [Trail(j.arrival_s, j.prompt, j.output) for j in workload.jobs]
@@ -235,6 +247,8 @@ class World:
 
     def _output(self, output: SequenceOutput, now: float) -> None:
         index = int(output.request_id)
+        if self._measured is not None and output.timings is not None:
+            self._measured(index, output.timings, now)
         trail = self.trails[index]
         if output.first_index == 0 and trail.first > now:
             trail.first = now
