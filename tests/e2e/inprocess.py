@@ -54,7 +54,7 @@ async def cluster(
             await asyncio.wait([ready, *lives], timeout=READY_S, return_when=asyncio.FIRST_COMPLETED)
             assert ready.done(), f"not ready: {[life for life in lives if life.done()]}"
             # of several some may still load, and one told to stop while it loads ends this process
-            while len(running.shell.members()) < len(roles):  # noqa: ASYNC110
+            while len(running.shell.members()) < len(roles):
                 assert loop.time() < deadline, f"{len(running.shell.members())} of {len(roles)} joined"
                 await asyncio.sleep(0.01)
             yield running
