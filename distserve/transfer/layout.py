@@ -111,7 +111,7 @@ def cut(layout: Layout, start: int, end: int, slice_bytes: int) -> Iterator[Slic
 
 def pieces(slices: Iterable[Slice], slot_bytes: int) -> Iterator[list[Slice]]:
     """Group slices into pieces that fit a slot. The first is one slice, each later one at most twice the one before:
-    the other end begins early, and then is woken seldom."""
+    the other end begins early, and then is woken seldom. So is the last: it ends soon after this one."""
     piece: list[Slice] = []
     nbytes, most = 0, 1
     for each in slices:
@@ -120,5 +120,7 @@ def pieces(slices: Iterable[Slice], slot_bytes: int) -> Iterator[list[Slice]]:
             piece, nbytes, most = [], 0, most * 2
         piece.append(each)
         nbytes += each.nbytes
+    if len(piece) > 1:
+        yield piece[:-1]
     if piece:
-        yield piece
+        yield piece[-1:]
