@@ -12,6 +12,8 @@ namespace {
 
 typedef unsigned char byte;
 
+constexpr long AHEAD = 2048;  // bytes: what is summed up leaves the processor less room to look ahead by itself
+
 // A run of bytes of the pool. All but the last of a call are of whole kibibytes.
 struct Span {
     int64_t offset, count;
@@ -37,12 +39,11 @@ inline void store_block(byte* to, const byte* from) {
 inline void store_and_feed(byte* to, const byte* from, const byte* ahead, Xxh3& sum) {
 #if defined(__AVX512F__)
     if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-        for (long i = 0; i < Xxh3::STRIPES; ++i) {
+        sum.block([to, from, ahead](long i) {
             _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i * Xxh3::STRIPE),
                                 (__m512i)Xxh3::at(from + i * Xxh3::STRIPE));
-            sum.stripe(Xxh3::at(ahead + i * Xxh3::STRIPE), i);
-        }
-        sum.end_block();
+            return Xxh3::at(ahead + i * Xxh3::STRIPE);
+        });
         return;
     }
 #endif
@@ -66,12 +67,12 @@ uint64_t ds_gather(const void* pool, const int64_t* spans, int64_t count, void* 
         const byte* from = static_cast<const byte*>(pool) + span[s].offset;
         const byte* end = from + span[s].count;
         for (; left > 0 && end - from >= Xxh3::BLOCK; --left, from += Xxh3::BLOCK, to += Xxh3::BLOCK) {
-            for (long i = 0; i < Xxh3::STRIPES; ++i) {
+            sum.block([from, to](long i) {
+                __builtin_prefetch(from + i * Xxh3::STRIPE + AHEAD);
                 const words data = Xxh3::at(from + i * Xxh3::STRIPE);
                 *reinterpret_cast<words_any*>(to + i * Xxh3::STRIPE) = data;
-                sum.stripe(data, i);
-            }
-            sum.end_block();
+                return data;
+            });
         }
         std::memcpy(to, from, static_cast<size_t>(end - from));
         to += end - from;

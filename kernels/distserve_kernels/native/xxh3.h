@@ -24,17 +24,16 @@ class Xxh3 {
         }
     }
 
-    // Stripe number ``i`` of a block.
-    inline __attribute__((always_inline)) void stripe(words data, long i) { add(data, secret_ + 8 * i); }
-
-    // After the last stripe of each block but those that ``finish`` takes.
-    inline __attribute__((always_inline)) void end_block() {
-        sums_ = ((sums_ ^ (sums_ >> 47)) ^ at(secret_ + SECRET_BYTES - STRIPE)) * PRIME32_1;
+    // Feed a block, whose stripe number i is ``stripe(i)``. The sums stay in a register meanwhile: bytes that are stored
+    // between two stripes could be anybody's, and the compiler would store and load the sums each time.
+    template <class Stripe>
+    inline __attribute__((always_inline)) void block(Stripe stripe) {
+        words sums = sums_;
+        for (long i = 0; i < STRIPES; ++i) sums = added(sums, stripe(i), secret_ + 8 * i);
+        sums_ = ((sums ^ (sums >> 47)) ^ at(secret_ + SECRET_BYTES - STRIPE)) * PRIME32_1;
     }
-
     void block(const unsigned char* from) {
-        for (long i = 0; i < STRIPES; ++i) stripe(at(from + STRIPE * i), i);
-        end_block();
+        block([from](long i) { return at(from + STRIPE * i); });
     }
 
     // Blocks of ``count`` bytes that are to be fed before ``finish``.
@@ -43,8 +42,9 @@ class Xxh3 {
     // The checksum of all ``count`` bytes, of which the whole blocks were fed; the others are read here.
     uint64_t finish(const unsigned char* all, long count) {
         const long fed = whole_blocks(count) * BLOCK;
-        for (long i = 0; i < (count - 1 - fed) / STRIPE; ++i) stripe(at(all + fed + STRIPE * i), i);
-        add(at(all + count - STRIPE), secret_ + SECRET_BYTES - STRIPE - 7);
+        for (long i = 0; i < (count - 1 - fed) / STRIPE; ++i)
+            sums_ = added(sums_, at(all + fed + STRIPE * i), secret_ + 8 * i);
+        sums_ = added(sums_, at(all + count - STRIPE), secret_ + SECRET_BYTES - STRIPE - 7);
         uint64_t sum = static_cast<uint64_t>(count) * PRIME64_1;
         for (int i = 0; i < 4; ++i)
             sum += fold(sums_[2 * i] ^ word(secret_ + 11 + 16 * i), sums_[2 * i + 1] ^ word(secret_ + 19 + 16 * i));
@@ -91,8 +91,8 @@ class Xxh3 {
 #endif
     }
 
-    inline __attribute__((always_inline)) void add(words data, const unsigned char* key) {
-        sums_ += __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6) + halves(data ^ at(key));
+    static inline __attribute__((always_inline)) words added(words sums, words data, const unsigned char* key) {
+        return sums + __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6) + halves(data ^ at(key));
     }
 
     static constexpr unsigned char SECRET[SECRET_BYTES] = {
