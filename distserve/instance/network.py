@@ -7,6 +7,7 @@ messages for whoever they are for; decides nothing about either.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -132,7 +133,9 @@ class Network:
             self._attendance.cancel()
             await asyncio.wait([self._attendance])
         await self._peers.close()
-        await self._gateways.end()
+        with contextlib.suppress(TimeoutError):  # stopping the server breaks what is left
+            async with asyncio.timeout(EMPTYING_S):
+                await self._gateways.end()
         if self._server is not None:
             await self._server.stop(grace=None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from distserve.core.types import Role
 from distserve.sched.config import InstanceConfig
 from distserve.wire.security import SecurityOptions
+from distserve_kernels.cores import usable_cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,11 @@ class InstanceOptions:
         for flag, count in (("--tp", self.tp), ("--pp", self.pp)):
             if count < 1:
                 raise ValueError(f"{flag} {count}: at least 1 is needed")
+        if strange := set(self.cores) - set(usable_cores()):
+            raise ValueError(
+                f"--cores {','.join(map(str, self.cores))}: this process may not run on {min(strange)}, but on "
+                f"{','.join(map(str, usable_cores()))}"
+            )
         if self.tp * self.pp > 1 and self.advertise_data:
             raise ValueError("--advertise-data names one address, but every rank has its own: leave it out")
         if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:

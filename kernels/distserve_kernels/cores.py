@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 
@@ -31,7 +32,8 @@ def share_cores(cores: Sequence[int], needs: Sequence[int]) -> list[tuple[int, .
 def keep_to(cores: Iterable[int]) -> None:
     """The calling thread, and those it starts from now on, stay on ``cores``; anywhere when there are none.
 
-    OSError if none of them can be used.
+    A wish: where none of them can be used (any more), nothing changes.
     """
     if (wanted := set(cores)) and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, wanted)
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, wanted)

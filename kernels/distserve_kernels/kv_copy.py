@@ -32,39 +32,35 @@ class PagedBytes(PagedPart):
         self._memory = pool.data_ptr()
         self._native = native if self.on_host and self.block_bytes % COPY_UNIT == 0 else None
 
-    def gather(self, blocks: Sequence[int], out: Bytes, rows: Rows | None = None, seed: int | None = None) -> int:
-        """See the base class."""
-        if self._native is None or seed is None:
-            return super().gather(blocks, out, rows, seed)
-        if self._nbytes(blocks, rows) > len(out):
+    def _read_summing(self, blocks: Sequence[int], out: Bytes, rows: Rows | None, seed: int) -> int:
+        nbytes = self._nbytes(blocks, rows)
+        if self._native is None or nbytes < SHORTEST_SUM:
+            return super()._read_summing(blocks, out, rows, seed)
+        if nbytes > len(out):
             raise ValueError(f"{len(blocks)} blocks do not fit staging of {len(out)} bytes")
         spans = self._spans(blocks, rows)
         return int(self._native.ds_gather(self._memory, _at(spans), len(spans) // 2, _at_bytes(out), seed))
 
-    def scatter(
+    def _write_summing(
         self,
         table: Sequence[int],
         staged: Bytes,
-        staged_block_size: int,
+        size: int,
         first_token: int,
-        start: int,
-        end: int,
-        rows: Rows | None = None,
-        ahead: StagedSlice | None = None,
+        span: tuple[int, int],
+        rows: Rows | None,
+        ahead: StagedSlice | None,
     ) -> int:
-        """See the base class."""
-        size = self.block_size
-        whole = staged_block_size == size and first_token == start and start % size == end % size == 0
+        start, end = span
+        whole = size == self.block_size and first_token == start and start % size == end % size == 0
         if self._native is None or not whole or (ahead is not None and len(ahead.staged) < SHORTEST_SUM):
-            return super().scatter(table, staged, staged_block_size, first_token, start, end, rows, ahead)
+            return super()._write_summing(table, staged, size, first_token, span, rows, ahead)
         blocks = table[start // size : end // size]
         if self._nbytes(blocks, rows) > len(staged):
             raise ValueError(f"{len(staged)} staged bytes are not tokens {start} to {end}")
         spans = self._spans(blocks, rows)
-        next_bytes = (None, 0, 0) if ahead is None else (_at_bytes(ahead.staged), len(ahead.staged), ahead.seed)
-        return int(
-            self._native.ds_scatter(self._memory, _at(spans), len(spans) // 2, _at_bytes(staged), *next_bytes)
-        )  # fmt: skip
+        summed = (None, 0, 0) if ahead is None else (_at_bytes(ahead.staged), len(ahead.staged), ahead.seed)
+        return int(self._native.ds_scatter(self._memory, _at(spans), len(spans) // 2, _at_bytes(staged), *summed))
 
     def _spans(self, blocks: Sequence[int], rows: Rows | None) -> array[int]:
         """Offsets and lengths in the pool's memory, in turns."""

@@ -69,8 +69,10 @@ class PagedPart(ABC):
 
         Returns the checksum of the bytes copied, under ``seed``; 0 without one.
         """
+        if seed is not None:
+            return self._read_summing(blocks, out, rows, seed)
         self._read(blocks, out, rows)
-        return 0 if seed is None else digest(out[: self._nbytes(blocks, rows)], seed)
+        return 0
 
     def scatter(
         self,
@@ -89,14 +91,32 @@ class PagedPart(ABC):
         ``staged_block_size`` tokens, or of one block some ``rows``; its first token is position ``first_token``.
         Returns the checksum of the slice ``ahead``, which is to be written next; 0 without one.
         """
-        self._write(table, staged, staged_block_size, first_token, (start, end), rows)
-        found = 0 if ahead is None else ahead.digest()
+        found = self._write_summing(table, staged, staged_block_size, first_token, (start, end), rows, ahead)
         if not self.on_host:
             torch.cuda.current_stream(self._device).synchronize()  # the caller gives staging back now
         return found
 
     def _nbytes(self, blocks: Sequence[int], rows: Rows | None) -> int:
         return len(blocks) * self.block_bytes if rows is None else (rows[1] - rows[0]) * self.row_bytes
+
+    def _read_summing(self, blocks: Sequence[int], out: Bytes, rows: Rows | None, seed: int) -> int:
+        """Copy to the front of ``out``; the checksum of that. In two passes, unless somebody knows better."""
+        self._read(blocks, out, rows)
+        return digest(out[: self._nbytes(blocks, rows)], seed)
+
+    def _write_summing(
+        self,
+        table: Sequence[int],
+        staged: Bytes,
+        size: int,
+        first_token: int,
+        span: tuple[int, int],
+        rows: Rows | None,
+        ahead: StagedSlice | None,
+    ) -> int:
+        """As ``_write``; the checksum of what is ahead, or 0. In two passes, unless somebody knows better."""
+        self._write(table, staged, size, first_token, span, rows)
+        return 0 if ahead is None else ahead.digest()
 
     @abstractmethod
     def _read(self, blocks: Sequence[int], out: Bytes, rows: Rows | None) -> None:

@@ -100,3 +100,34 @@ def test_staging_that_is_too_small_is_refused(native: ctypes.CDLL) -> None:
         paged.gather((1, 2), room(paged.block_bytes, 0), seed=1)
     with pytest.raises(ValueError, match="are not tokens"):
         paged.scatter((1, 2), room(paged.block_bytes, 0), BLOCK, 0, 0, 2 * BLOCK)
+
+
+def test_fewer_bytes_than_the_native_sum_takes_go_the_plain_way(native: ctypes.CDLL) -> None:
+    """Rows of 128 bytes in blocks of whole kibibytes: a slice of one row."""
+    memory = torch.arange(4 * 16 * 32, dtype=torch.float32).view(4, 2, 2, 4, 1, 32)
+    fused, plain = PagedBytes(memory, native), PagedBytes(memory)
+    assert fused.row_bytes == 128 and fused.block_bytes % 1024 == 0
+    for rows in ((0, 1), (3, 4), (0, 2), (5, 16)):
+        one, two = (room(fused.block_bytes, 0) for _ in range(2))
+        assert fused.gather((2,), one, rows, 3) == plain.gather((2,), two, rows, 3)
+        assert np.array_equal(one, two)
+
+
+def test_every_changed_byte_changes_the_sum(native: ctypes.CDLL) -> None:
+    """All of them, at the source's end and at the destination's."""
+    draw = np.random.default_rng(9)
+    memory, staged = pool(10), draw.integers(0, 256, 6 * 1024, dtype=np.uint8)
+    paged, target = PagedBytes(memory, native), PagedBytes(pool(11), native)
+    out, place = room(paged.block_bytes, 0), (BLOCK, 0, 0, BLOCK)
+    flat = memory.view(torch.uint8)[3].view(-1).numpy()
+    sound = paged.gather((3,), out, seed=1)
+    expected = target.scatter((5,), out, *place, ahead=StagedSlice(staged, 2))
+    for at in range(len(staged)):
+        flip = np.uint8(1 << at % 8)
+        flat[at] ^= flip
+        staged[at] ^= flip
+        assert paged.gather((3,), out, seed=1) != sound
+        assert target.scatter((5,), out, *place, ahead=StagedSlice(staged, 2)) != expected
+        flat[at] ^= flip
+        staged[at] ^= flip
+    assert paged.gather((3,), out, seed=1) == sound

@@ -38,6 +38,9 @@ def member(id: str, role: Role, *, incarnation: int = 1, **model: int | str) -> 
     return Member(Endpoint(InstanceRef(id, incarnation), f"{id}:1", f"{id}:2"), role, spec(**model))  # type: ignore[arg-type]
 
 
+P, D, M = member("p", Role.PREFILL), member("d", Role.DECODE), member("m", Role.MIXED)
+
+
 def request(id: str = "r", prompt: int | tuple[int, ...] = 20, max_tokens: int = 5, **stopping: object) -> Request:
     tokens = tuple(range(100, 100 + prompt)) if isinstance(prompt, int) else prompt
     return Request(id, "m", tokens, Sampling(temperature=0.0), Stopping(max_tokens, **stopping), 100.0)  # type: ignore[arg-type]

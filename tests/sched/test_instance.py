@@ -16,7 +16,10 @@ from distserve.core.types import Code, FinishReason, Role
 from tests.sched.factory import (
     EPOCH,
     GATEWAY,
+    D,
+    M,
     Make,
+    P,
     assert_all_free,
     find,
     kinds,
@@ -27,11 +30,6 @@ from tests.sched.factory import (
     step_done,
     submit,
 )
-
-P = member("p", Role.PREFILL)
-D = member("d", Role.DECODE)
-M = member("m", Role.MIXED)
-
 
 # ── running here ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

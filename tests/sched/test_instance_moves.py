@@ -32,7 +32,9 @@ from distserve.sched.instance import InstanceState
 from tests.sched.factory import (
     EPOCH,
     GATEWAY,
+    D,
     Make,
+    P,
     assert_all_free,
     find,
     kinds,
@@ -43,10 +45,6 @@ from tests.sched.factory import (
     step_done,
     submit,
 )
-
-P = member("p", Role.PREFILL)
-D = member("d", Role.DECODE)
-M = member("m", Role.MIXED)
 
 
 def ticket_of(asked: ReserveAsked, *, have: int = 0, nonce: int = 99) -> Ticket:

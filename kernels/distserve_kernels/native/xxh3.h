@@ -92,7 +92,7 @@ class Xxh3 {
     }
 
     static inline __attribute__((always_inline)) words added(words sums, words data, const unsigned char* key) {
-        return sums + __builtin_shufflevector(data, data, 1, 0, 3, 2, 5, 4, 7, 6) + halves(data ^ at(key));
+        return sums + __builtin_shuffle(data, words{1, 0, 3, 2, 5, 4, 7, 6}) + halves(data ^ at(key));
     }
 
     static constexpr unsigned char SECRET[SECRET_BYTES] = {
