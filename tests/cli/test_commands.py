@@ -24,6 +24,7 @@ from distserve.launch.options import BadOptions, ServeOptions, served_name
 from distserve.launch.settings import build
 from distserve.launch.words import HELPS, SERVERS, all_keys, flags_of, settings
 from distserve.sched.config import InstanceConfig
+from distserve_kernels.cores import usable_cores
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -141,6 +142,13 @@ def test_flags_make_the_same_options_again() -> None:
     )  # fmt: skip
     parsed = build_parser().parse_args(["instance", *flags_of("instance", options)])
     assert options_of("instance", parsed, environ={}) == options
+
+
+def test_cores_that_are_not_ours_are_refused_with_a_sentence() -> None:
+    strange = max(usable_cores()) + 1
+    options = InstanceOptions(id="i", model="m", model_name="m", controller="127.0.0.1:1", cores=(strange,))
+    with pytest.raises(ValueError, match=f"this process may not run on {strange}"):
+        options.check()
 
 
 def test_defaults_of_serve_are_one_prefill_and_one_decode() -> None:
