@@ -29,7 +29,7 @@ from distserve.loadgen.machine import CpuWatch
 from distserve.transfer import TransferConfig
 
 GOALS = {"shm / plain copy": 0.5, "gloo / bare gloo": 0.7}
-TUNABLE = ("slice_bytes", "shm_piece_bytes", "shm_slots", "group_piece_bytes", "group_slots")
+TUNABLE = ("slice_bytes", "shm_piece_bytes", "shm_slots", "gloo_piece_bytes", "group_slots")
 
 
 def timed(act: Callable[[], Any]) -> float:

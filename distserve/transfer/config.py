@@ -32,8 +32,9 @@ class TransferConfig:
     slice_bytes: int = 768 << 10  # what one checksum covers, at most; small, to stay in a core's cache
     shm_piece_bytes: int = 1536 << 10  # payload of a piece, about: whole blocks, or whole rows of a larger block
     shm_slots: int = 4  # pieces in flight over shared memory; few, so that they stay in the cache
-    group_piece_bytes: int = 3 << 20  # as above, over a process group; large, for each piece wakes four threads
-    group_slots: int = 4
+    gloo_piece_bytes: int = 768 << 10  # as above, over gloo; small: gathered, then sent out of the cache
+    nccl_piece_bytes: int = 3 << 20
+    group_slots: int = 4  # pieces in flight over either
     checksum: bool = True  # off only to measure what it costs: a destination that has it on takes no stage without
     handshake_s: float = 15.0  # to dial, agree and open a lane; where no name server answers, 5 s are lost
     stall_s: float = 5.0  # without progress within a stage: the link is dropped

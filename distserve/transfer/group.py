@@ -4,12 +4,12 @@ The destination (rank 0) keeps the link's own store; the keys' prefix names the 
 Sending and receiving are in order, a piece a call; every wait has a deadline. gloo cannot abort what is under way: a
 broken lane is dropped whole, with its staging, and its group is destroyed with the last reference to it.
 
-The destination posts the receive of a piece when the piece is announced, never before. gloo's ``send`` copies into the
-socket on the caller's thread where a receive is known already, under a lock without which gloo's own thread spins in
-epoll as long as anything is to be read; where none is known it returns at once, and gloo's thread does the copying.
-The receive has room for a whole slot: gloo takes shorter messages, and a longer one ends the process (NCCL takes none
-of another length). gloo holds that lock while it copies, and one connection is as fast as one thread copies: so a gloo
-lane has several groups, and its slots use them in turn.
+gloo's ``send`` copies into the socket on the caller's thread where a receive is known already, so that what was just
+gathered is read from the cache; where none is known, gloo's own thread copies, later. So the destination posts the next
+receive of a slot as soon as the slot is free, with room for all of it: gloo takes shorter messages, and a longer one
+ends the process. It copies under a lock without which its own thread spins in epoll as long as anything is to be read
+on the connection, such as word of the next receive: so each slot has a connection of its own, where nothing comes
+meanwhile. NCCL takes none of another length: there the receive is posted when the piece is announced.
 
 Not tried: the NCCL lane needs two GPUs.
 """
@@ -25,9 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distserve.transfer.errors import LaneFailed, Stalled
-
-GLOO_STREAMS = 2
-"""Connections of a gloo lane, each with its own thread, which its slots use in turn; the same at both ends."""
 
 _TAG = 1
 _DESTINATION_RANK, _SOURCE_RANK = 0, 1
@@ -86,12 +83,16 @@ class GroupLane:
             if device.type == "cuda":
                 groups = [_nccl_group(keys, rank, interface, timeout_s)]
             else:
-                stores = [dist.PrefixStore(str(stream), keys) for stream in range(GLOO_STREAMS)]
+                stores = [dist.PrefixStore(str(slot), keys) for slot in range(slots)]
                 groups = [_gloo_group(each, rank, interface, timeout_s) for each in stores]
         except RuntimeError as error:
             raise LaneFailed(f"the process group could not be made: {_first_line(error)}") from None
         memory = torch.zeros(slots, slot_bytes, dtype=torch.uint8, device=device)  # one run, with its pages in place
-        return cls(groups, keys, peer, list(memory))
+        lane = cls(groups, keys, peer, list(memory))
+        if not is_source:
+            for slot in range(slots):
+                lane.free(slot)
+        return lane
 
     def push(self, slot: int, nbytes: int) -> None:
         """Send the first ``nbytes`` of a slot."""
@@ -101,12 +102,14 @@ class GroupLane:
             raise LaneFailed(f"the process group broke: {_first_line(error)}") from None
 
     def expect(self, slot: int, nbytes: int) -> None:
-        """Post the receive of an announced piece."""
-        room = self.slots[slot]
-        try:
-            self._works[slot] = self._group(slot).recv([room[:nbytes] if room.is_cuda else room], self._peer, _TAG)
-        except RuntimeError as error:
-            raise LaneFailed(f"the process group broke: {_first_line(error)}") from None
+        """NCCL: post the receive of an announced piece. gloo's is posted already."""
+        if self.slots[slot].is_cuda:
+            self._receive(slot, nbytes)
+
+    def free(self, slot: int) -> None:
+        """gloo: post the receive of the slot's next piece, whatever its length will be."""
+        if not self.slots[slot].is_cuda:
+            self._receive(slot, len(self.slots[slot]))
 
     def take(self, slot: int, timeout_s: float) -> None:
         """Wait for the expected piece."""
@@ -126,6 +129,12 @@ class GroupLane:
         self._works = []
         self._groups = []
         self.slots = []
+
+    def _receive(self, slot: int, nbytes: int) -> None:
+        try:
+            self._works[slot] = self._group(slot).recv([self.slots[slot][:nbytes]], self._peer, _TAG)
+        except RuntimeError as error:
+            raise LaneFailed(f"the process group broke: {_first_line(error)}") from None
 
     def _group(self, slot: int) -> Any:
         return self._groups[slot % len(self._groups)]

@@ -315,11 +315,15 @@ def _candidates(me: Identity, hello: pb.TransferHello) -> list[LaneKind]:
 
 def _proposal(kind: LaneKind, layout: Layout, config: TransferConfig) -> pb.TransferOffer:
     """The offer of a lane of this kind, but for where it is."""
-    shm = kind is LaneKind.SHM
-    slot_bytes = layout.slot_bytes(config.shm_piece_bytes if shm else config.group_piece_bytes)
+    piece_bytes, slots = {
+        LaneKind.SHM: (config.shm_piece_bytes, config.shm_slots),
+        LaneKind.GLOO: (config.gloo_piece_bytes, config.group_slots),
+        LaneKind.NCCL: (config.nccl_piece_bytes, config.group_slots),
+    }[kind]
+    slot_bytes = layout.slot_bytes(piece_bytes)
     return pb.TransferOffer(
         kind=_WIRE[kind],
-        slots=config.shm_slots if shm else config.group_slots,
+        slots=slots,
         slot_bytes=slot_bytes,
         slice_bytes=min(slot_bytes, max(layout.row_bytes, config.slice_bytes)),
     )

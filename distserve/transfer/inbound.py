@@ -176,6 +176,7 @@ class Inbound:
         link.lane.take(slot, self._config.stall_s)
         arriving = self._arriving if self._arriving and self._arriving.number == piece.stage else None
         refusal = self._store(arriving, piece, self._staged[slot]) if arriving else None
+        link.lane.free(slot)
         self._pieces += 1
         if arriving and refusal:
             if refusal[0] is not Reason.TICKET:

@@ -27,5 +27,8 @@ class Lane(Protocol):
     def take(self, slot: int, timeout_s: float) -> None:
         """Destination: wait until the expected piece is in the slot. Stalled or LaneFailed."""
 
+    def free(self, slot: int) -> None:
+        """Destination: what was in the slot is used; another piece may come into it. LaneFailed."""
+
     def close(self) -> None:
         """Release what the lane holds."""

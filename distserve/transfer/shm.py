@@ -139,6 +139,9 @@ class ShmLane:
     def expect(self, slot: int, nbytes: int) -> None:
         """Nothing to do: it is there already."""
 
+    def free(self, slot: int) -> None:
+        """Nothing to do: the source hears of it on the channel."""
+
     def take(self, slot: int, timeout_s: float) -> None:
         """Nothing to wait for: the channel's frame was the signal."""
 

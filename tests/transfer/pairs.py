@@ -55,7 +55,7 @@ class Pair:
     def __init__(self, kind: str = "shm", here: int = 16, there: int = 16, have: int = 0, **config: Any) -> None:
         self.faults = Faults()
         settings = replace(
-            TransferConfig(shm_piece_bytes=13_000, group_piece_bytes=13_000, faults=self.faults), **config
+            TransferConfig(shm_piece_bytes=13_000, gloo_piece_bytes=13_000, faults=self.faults), **config
         )
         self.source = Local(A, make_pool(1, BLOCKS, here), kind, settings)
         self.target = Local(B, make_pool(2, BLOCKS, there), kind, replace(settings, faults=FaultInjector()))

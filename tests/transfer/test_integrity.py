@@ -21,7 +21,7 @@ from tests.transfer.peers import Local, copy_tokens, make_pool, make_ticket
 from tests.transfer.tap import Edit, Tap, unchanged
 
 TOKENS = 3
-SMALL = {"slice_bytes": 192, "shm_piece_bytes": 768, "group_piece_bytes": 768}
+SMALL = {"slice_bytes": 192, "shm_piece_bytes": 768, "gloo_piece_bytes": 768}
 """With blocks of one token, 384 bytes: two slices a token, pieces of one, two, three slices."""
 
 
@@ -149,7 +149,7 @@ def test_each_bit_of_a_slice_is_noticed(attempt: Callable[..., Attempts]) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_flips_anywhere_in_a_large_payload_are_noticed(attempt: Callable[..., Attempts], kind: str) -> None:
     one = attempt(
-        kind, tokens=6400, block=16, slice_bytes=512 << 10, shm_piece_bytes=1 << 20, group_piece_bytes=1 << 20
+        kind, tokens=6400, block=16, slice_bytes=512 << 10, shm_piece_bytes=1 << 20, gloo_piece_bytes=1 << 20
     )
     ticket, lots = one.open(), random.Random(5)
     assert one.nbytes > 2 << 20

@@ -39,7 +39,7 @@ from tests.transfer.peers import WAIT_S, Local, copy_tokens, make_pool, make_tic
 def test_stages_arrive_bit_for_bit(
     make: Callable[..., Pair], kind: str, here: int, there: int, piece_bytes: int
 ) -> None:
-    pair = make(kind, here, there, have=5, shm_piece_bytes=piece_bytes, group_piece_bytes=piece_bytes)
+    pair = make(kind, here, there, have=5, shm_piece_bytes=piece_bytes, gloo_piece_bytes=piece_bytes)
     pair.open()
     pair.stored(5, 6)
     pair.stored(6, 128)

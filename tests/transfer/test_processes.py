@@ -19,7 +19,7 @@ from tests.transfer.peers import WAIT_S, Local, Remote, copy_tokens, digest, mak
 
 HERE = InstanceRef("here", 1)
 BLOCKS = 120
-SMALL = {"shm_piece_bytes": 13_000, "group_piece_bytes": 13_000}
+SMALL = {"shm_piece_bytes": 13_000, "gloo_piece_bytes": 13_000}
 KINDS = ["shm", "gloo"]
 
 
