@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import shlex
 import sys
@@ -25,6 +24,7 @@ from distserve.loadgen.stats import Slo
 from distserve.loadgen.workload import BadWorkload
 from distserve.models.catalog import resolve_model
 from distserve.models.errors import ModelError
+from distserve.wire.loop import run_loop
 
 _SPREADS = {"TTFT": "ttft_s", "TPOT": "tpot_s", "ITL": "itl_s", "E2E": "e2e_s"}
 
@@ -37,7 +37,7 @@ def bench(parsed: argparse.Namespace) -> int:
         line.draw(words_of(progress, time.monotonic() - began), last=progress.done >= progress.total)
 
     try:
-        document = asyncio.run(Bench(plan, changed, line.say).run())
+        document = run_loop(Bench(plan, changed, line.say).run())
     except (BenchFailed, BadWorkload) as error:
         raise CommandFailed(str(error)) from error
     finally:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -24,6 +23,7 @@ from distserve.v1.control_pb2_grpc import add_ControllerServiceServicer_to_serve
 from distserve.wire.channels import PortTaken, address_of, bind
 from distserve.wire.host import Observer
 from distserve.wire.life import Ending, tell
+from distserve.wire.loop import run_loop
 from distserve.wire.security import Unsafe
 from distserve.wire.trust import Trust
 
@@ -36,7 +36,7 @@ _DIALLED = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
 def main(options: ControllerOptions) -> int:
     """Run a controller until it is told to stop; returns the process's exit code."""
     set_up("controller", options.log_level)
-    return asyncio.run(_run(options))
+    return run_loop(_run(options))
 
 
 async def _run(options: ControllerOptions) -> int:

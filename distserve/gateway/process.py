@@ -37,6 +37,7 @@ from distserve.observe.metrics import ClusterMetrics, GatewayMetrics
 from distserve.wire.channels import PortTaken
 from distserve.wire.host import Observer
 from distserve.wire.life import Ending, fresh_incarnation, tell
+from distserve.wire.loop import run_loop
 from distserve.wire.tls import Certificates
 from distserve.wire.trust import Trust
 
@@ -49,7 +50,7 @@ LAST_WRITES_S = 1.0
 def main(options: GatewayOptions, with_controller: ControllerOptions | None = None) -> int:
     """Run a gateway (with the controller beside it, if given) until told to stop; returns the process's exit code."""
     set_up(f"gateway {options.id}", options.log_level)
-    return asyncio.run(_run(options, with_controller))
+    return run_loop(_run(options, with_controller))
 
 
 async def _run(options: GatewayOptions, with_controller: ControllerOptions | None) -> int:

@@ -53,6 +53,7 @@ from distserve.transfer import Mover, MoverEvent, TransferConfig
 from distserve.transfer import events as mover_events
 from distserve.wire.channels import PortTaken, address_of, bind, own_host
 from distserve.wire.life import Ending, fresh_incarnation, tell
+from distserve.wire.loop import run_loop
 from distserve.wire.secret import ClusterSecret
 from distserve.wire.trust import OPEN, Trust
 from distserve_kernels.cores import keep_to
@@ -77,7 +78,7 @@ def main(options: InstanceOptions) -> int:
     except ValueError as error:
         log.error("%s", error)
         return CANNOT_START
-    return asyncio.run(InstanceProcess(options, place).run())
+    return run_loop(InstanceProcess(options, place).run())
 
 
 class InstanceProcess:

@@ -32,6 +32,7 @@ from distserve.observe.exposition import scrape
 from distserve.observe.log import set_up
 from distserve.wire.channels import PortTaken
 from distserve.wire.life import Ending
+from distserve.wire.loop import run_loop
 from distserve.wire.secret import fresh
 from distserve.wire.security import SecurityOptions
 
@@ -57,7 +58,7 @@ def main(options: ServeOptions) -> int:
         return CANNOT_START
     if options.model.startswith("random:"):
         model = options.model
-    return asyncio.run(_Cluster(options, model).run())
+    return run_loop(_Cluster(options, model).run())
 
 
 class _Cluster:

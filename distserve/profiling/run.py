@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from distserve.profiling.bare import Bare, measure_bare
 from distserve.profiling.live import LiveFailed, measure_live
 from distserve.profiling.loaded import Loaded, measure_loaded, with_crowd, workload_for
 from distserve.profiling.prompts import Prompts
+from distserve.wire.loop import run_loop
 from distserve_kernels.cores import usable_cores
 from distserve_planner.latency.profile import VERSION, LiveCost, Profile
 from distserve_planner.latency.regress import DECODE, PREFILL, fit_curve, range_of
@@ -124,11 +124,11 @@ def _live(wish: Wish, profile: Profile, say: Say) -> Profile:
                 parts = measure_live(
                     client, prompts, profile, layout, lambda w, s: say(w, _BARE_SHARE + _LIVE_SHARE * s)
                 )
-                live = asyncio.run(parts)
+                live = run_loop(parts)
                 profile = replace(profile, live=live if count > 1 else replace(live, handoff_s=0.0))
             say("under load", at + 0.5 * (1 - _BARE_SHARE) / len(layouts))
             workload = workload_for(profile, roles, wish.seed)
-            runs.append(asyncio.run(_under_load(client, prompts, roles, workload)))
+            runs.append(run_loop(_under_load(client, prompts, roles, workload)))
     return with_crowd(profile, runs) if count > 1 else profile
 
 

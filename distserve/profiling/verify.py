@@ -7,7 +7,6 @@ prediction, and is told.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +26,7 @@ from distserve.profiling import goodput
 from distserve.profiling.goodput import Question, times
 from distserve.profiling.prompts import Prompts
 from distserve.sched.config import InstanceConfig
+from distserve.wire.loop import run_loop
 from distserve_planner import workload as workloads
 from distserve_planner.latency.profile import Profile, read_profile
 from distserve_planner.plan import Plan
@@ -191,7 +191,7 @@ def verify(trial: Trial, say: Say) -> Verdict:
     say("starting the plan", 0.05)
     with Cluster([*trial.arguments, "--model-name", "verified"]) as cluster:
         client = Client(Target.parse(cluster.http_url), "verified", timeout_s=_TIMEOUT_S, count_empty=True)
-        pulse = asyncio.run(feel_pulse(client, trial)) if trial.pulse else Pulse()
+        pulse = run_loop(feel_pulse(client, trial)) if trial.pulse else Pulse()
         trial = at_pulse(trial, pulse)
         result = simulate_shared(trial.machine, trial.workload)
         predicted = Figures.of(result.ttft_s(), result.tpot_s(), trial, rate)
@@ -199,7 +199,7 @@ def verify(trial: Trial, say: Say) -> Verdict:
             say("foretelling the goodput", 0.1)
             predicted = replace(predicted, goodput=goodput.told(trial.question, trial.machine))
         watch = CpuWatch(tuple(cluster.ready["pids"]))
-        records, found_goodput = asyncio.run(_run(client, trial, say))
+        records, found_goodput = run_loop(_run(client, trial, say))
         cores = watch.stop()
     ttft, tpot = times(records)
     measured = replace(Figures.of(ttft, tpot, trial, rate), goodput=found_goodput)
