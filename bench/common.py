@@ -25,12 +25,15 @@ from distserve.models.catalog import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+PAIR = ("--prefill", "1", "--decode", "1", "--threads-per-rank", "1")
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "1p1d": ("--prefill", "1", "--decode", "1", "--threads-per-rank", "1"),
+    "1p1d": PAIR,
+    # prompts also read where they are decoded while prefill is behind; both numbers from simulating this workload
+    "1p1d-overflow": (*PAIR, "--overflow-prefill-tokens", "512", "--max-mixed-tokens", "112"),
     "2mixed": ("--mixed", "2", "--threads-per-rank", "1"),
     "1mixed-2t": ("--mixed", "1", "--threads-per-rank", "2"),
 }
-"""Three ways to spend two cores."""
+"""Ways to spend two cores."""
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 64
 """The reference workload's lengths."""

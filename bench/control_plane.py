@@ -32,7 +32,7 @@ GREEDY = Sampling(temperature=0.0)
 ANSWER_TOKENS = 224
 """Long enough that all streams decode together for most of it, though prompts are read one after the other."""
 
-THREADS = {"1p1d": 1, "2mixed": 1, "1mixed-2t": 2}
+THREADS = {"1p1d": 1, "1p1d-overflow": 1, "2mixed": 1, "1mixed-2t": 2}
 
 
 def bare_step_s(engine: Engine, batch: int, steps: int) -> float:

@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,20 @@ import torch
 from distserve.core.types import Sampling, StepItem, StepPlan
 from distserve.engine.config import DTYPES, KERNELS, EngineConfig
 from distserve.engine.runner import Engine
-from distserve.engine.sampler import choose_tokens
 from distserve.models.catalog import resolve_model
 from distserve.models.config import read_config
 from distserve_kernels.linear import Linear
 
 GREEDY = Sampling(temperature=0.0)
 DRAWN = Sampling(temperature=0.8, top_p=0.95, seed=1)
+KINDS = {
+    "greedy": GREEDY,
+    "top-p": DRAWN,
+    "top-k 50, top-p": replace(DRAWN, top_k=50),
+    "repetition penalty": replace(DRAWN, repetition_penalty=1.1),
+    "greedy, 5 logprobs": replace(GREEDY, logprobs=5),
+}
+HISTORY = tuple(range(1000, 1256))
 CONTEXT = 263  # tokens each decoding sequence has behind it
 
 
@@ -60,11 +67,11 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Host time to choose one token for each of ``batch`` sequences."""
+    """Best time to choose one token for each of ``batch`` sequences, in seconds by kind of sampling."""
 
+    kernels: str
     batch: int
-    greedy_s: float
-    top_p_s: float
+    seconds: dict[str, float]
 
 
 class Bench:
@@ -126,20 +133,31 @@ class Bench:
             )
         return results
 
-    def sampling(self, batch: int) -> Sampled:
+    def sampling(self, batch: int) -> list[Sampled]:
+        """Of logits as spread as a model's, with the histories of half-way answers."""
         logits = torch.randn(batch, next(iter(self.engines.values())).spec.vocab_size) * 4
-        times = []
-        for sampling in (GREEDY, DRAWN):
-            items = [StepItem(str(i), 0, (1,), (0,), True, 3, sampling) for i in range(batch)]
-            times.append(best_of(lambda items=items: choose_tokens(logits, items), 10))  # type: ignore[misc]
-        return Sampled(batch, *times)
+        results = []
+        for kernels, engine in self.engines.items():
+            self._as_alone(kernels)
+            times = {}
+            for name, sampling in KINDS.items():
+                history = (HISTORY, HISTORY[::4]) if sampling.needs_history else ((), ())
+                items = [StepItem(str(i), 0, (1,), (0,), True, 3, sampling, (), *history) for i in range(batch)]
+                with torch.inference_mode():
+                    times[name] = best_of(lambda items=items: engine._pass.choose(logits, items), 5)  # type: ignore[misc]  # noqa: B023
+            results.append(Sampled(kernels, batch, times))
+        return results
+
+    def _as_alone(self, kernels: str) -> None:
+        """Torch's threads as they are when an engine of this kind is alone in a process."""
+        torch.set_num_threads(1 if kernels == "native" else self._args.threads)
 
     def _best(self, plan: StepPlan, repeats: int) -> dict[str, float]:
         """The best time of ``plan`` on each engine, which take turns."""
         best = dict.fromkeys(self.engines, float("inf"))
         for _ in range(repeats + 1):
             for kernels, engine in self.engines.items():
-                torch.set_num_threads(1 if kernels == "native" else self._args.threads)  # as when alone in a process
+                self._as_alone(kernels)
                 best[kernels] = min(best[kernels], once(lambda engine=engine: engine.run(plan)))  # type: ignore[misc]
         return best
 
@@ -189,7 +207,7 @@ def main() -> None:
     bench = Bench(args)
     prefill = [result for n in args.prefill for result in bench.prefill(n)]
     decode = [result for b in args.decode for result in bench.decode(b)]
-    sampling = [bench.sampling(b) for b in args.sampling]
+    sampling = [result for b in args.sampling for result in bench.sampling(b)]
     if args.json:
         results: dict[str, Sequence[Any]] = {"prefill": prefill, "decode": decode, "sampling": sampling}
         about = {"model": args.model, "dtype": args.dtype, **asdict(bench.limits)}
@@ -211,7 +229,8 @@ def main() -> None:
             f"  {d.bandwidth_share:5.0%} of reading  {d.matmul_share:5.0%} of matmul"
         )
     for s in sampling:
-        print(f"sampling batch {s.batch:3d}  greedy {s.greedy_s * 1e3:6.2f} ms  top-p {s.top_p_s * 1e3:6.2f} ms")
+        kinds = "  ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in s.seconds.items())
+        print(f"sampling batch {s.batch:4d}  {s.kernels:6s} {kinds}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -224,7 +243,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kv-tokens", type=int, default=32768)
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512, 1024])
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 8, 16, 64])
-    parser.add_argument("--sampling", type=int, nargs="*", default=[1, 8, 64])
+    parser.add_argument("--sampling", type=int, nargs="*", default=[1, 16, 256])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()

@@ -1,5 +1,6 @@
-"""Decode steps of a model of 8B's shape (random weights) through the engine: its memory floor, graphs on and off, and
-the share of a step in which the device waits for the host. Run by ``kernels_gpu.py``; knows no command.
+"""Decode steps of a model of 8B's shape (random weights) through the engine: its memory floor, graphs on and off, one
+step in flight and two, and the share of a step in which the device waits for the host. Run by ``kernels_gpu.py``; knows
+no command.
 
 Floor: the bytes that a step must read (all weights but the embedding's table, and the KV of every sequence) over the
 rate at which the device copies. Host gap: the time of a step in which no kernel and no copy ran, by torch's profiler.
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from gpu_common import Shapes, median
 
-from distserve.core.types import Sampling, StepItem, StepPlan
+from distserve.core.types import CHOSEN_BEFORE, Sampling, StepItem, StepPlan
 from distserve.engine.config import DTYPES, EngineConfig
 from distserve.engine.graphs import GraphedForward, uncaptured
 from distserve.engine.runner import Engine
@@ -25,6 +27,7 @@ from distserve.engine.triton_forward import PagedForward
 
 GREEDY = Sampling(temperature=0.0)
 STEPS = 64
+IN_FLIGHT = (1, 2)
 GOAL_FLOOR, GOAL_GAP = 1.3, 0.05
 
 
@@ -35,7 +38,8 @@ class Step:
     batch: int
     context: int
     graphs: bool
-    step_s: float  # by the clock, from one call of the engine to the next
+    in_flight: int  # steps submitted and not yet waited for
+    step_s: float  # by the clock, from one step's tokens to the next's
     tokens_per_s: float
     floor_s: float
     over_floor: float
@@ -57,21 +61,21 @@ def measure(shapes: Shapes, copy_rate: float) -> dict[str, Any]:
             "steps": found}  # fmt: skip
 
 
-def sides(engine: Engine) -> list[tuple[bool, Engine]]:
-    """(graphs, engine): with graphs, and without, over the same weights and pool.
+def sides(engine: Engine) -> Iterator[tuple[bool, Engine]]:
+    """(graphs, engine): with graphs and without, one step in flight and two, over the same weights and pool.
 
     Dry, the engine has none: its steps then go through the same buffers, unrecorded. Where they could not be recorded
     there is one side only.
     """
-    forward = engine._forward
+    forward = engine.forward
     if isinstance(forward, PagedForward) and engine.pool.tensor.device.type == "cpu":
-        forward = GraphedForward(forward.model, engine.pool, forward, engine.spec.max_model_len, uncaptured, 4)
-    if not isinstance(forward, GraphedForward):
-        return [(False, engine)]
-    with_graphs, without = (
-        Engine(engine.spec, one, engine.pool, engine.weight_bytes) for one in (forward, forward.beside)
-    )
-    return [(True, with_graphs), (False, without)]
+        forward = GraphedForward(
+            forward.model, engine.pool, forward, engine.spec.max_model_len, uncaptured, 4, forward.chosen
+        )
+    graphed = isinstance(forward, GraphedForward)
+    for graphs, one in [(True, forward), (False, forward.beside)] if graphed else [(False, forward)]:
+        for depth in IN_FLIGHT:
+            yield graphs, Engine(engine.spec, one, engine.pool, engine.weight_bytes, depth=depth)
 
 
 def load(shapes: Shapes, folder: Path) -> Engine:
@@ -118,10 +122,12 @@ def decode(engine: Engine, shapes: Shapes, batch: int, context: int, graphs: boo
     kv = batch * (context + steps / 2) * engine.pool.block_bytes / shapes.size
     floor_s = (engine.weight_bytes - table + kv) / copy_rate
     gap = None if busy is None else max(0.0, 1 - busy / step_s)
-    found = Step(batch, context, graphs, step_s, batch / step_s, floor_s, step_s / floor_s, busy, gap)
+    in_flight = engine.depth
+    found = Step(batch, context, graphs, in_flight, step_s, batch / step_s, floor_s, step_s / floor_s, busy, gap)
     waits = "" if gap is None else f"   host gap {gap:5.1%} (goal {GOAL_GAP:.0%})"
     print(
-        f"decode {batch:3} × {context:5}  graphs {'on ' if graphs else 'off'} {step_s * 1e3:8.2f} ms "
+        f"decode {batch:3} × {context:5}  graphs {'on ' if graphs else 'off'} in flight {in_flight} "
+        f"{step_s * 1e3:8.2f} ms "
         f"{found.tokens_per_s:9.0f} tok/s   {found.over_floor:5.2f}× the floor (goal {GOAL_FLOOR}){waits}",
         flush=True,
     )
@@ -138,24 +144,35 @@ class Stepper:
         self._number = 0
 
     def steps(self, count: int) -> list[float]:
-        """Seconds of each of ``count`` steps; a sequence that is at its end begins anew at the same length."""
-        times = []
-        for _ in range(count):
-            began = time.perf_counter()
-            self._step()
-            times.append(time.perf_counter() - began)
+        """Seconds between the tokens of ``count`` steps; a sequence that is at its end stays there.
+
+        As many steps as may be are in flight: all but the first take their tokens from the one before, on the device.
+        """
+        times: list[float] = []
+        submitted, began = 0, time.perf_counter()
+        while len(times) < count:
+            while submitted < min(count, len(times) + self._engine.depth):
+                self._engine.submit(self._plan(follow=submitted > len(times)))
+                submitted += 1
+            self._tokens = [token.id for _, token in self._engine.wait().tokens]
+            now = time.perf_counter()
+            times.append(now - began)
+            began = now
         return times
 
-    def _step(self) -> None:
+    def _plan(self, follow: bool) -> StepPlan:
         self._number += 1
         held = min(self._each, self._at // self._size + 1)
         self._at = min(self._at, self._each * self._size - 1)
         items = tuple(
-            StepItem(str(i), self._at, (token,), tuple(range(i * self._each, i * self._each + held)), True, 1, GREEDY)
+            StepItem(
+                str(i), self._at, (CHOSEN_BEFORE if follow else token,),
+                tuple(range(i * self._each, i * self._each + held)), True, 1, GREEDY,
+            )
             for i, token in enumerate(self._tokens)
-        )
-        self._tokens = [token.id for _, token in self._engine.run(StepPlan(self._number, items)).tokens]
+        )  # fmt: skip
         self._at += 1
+        return StepPlan(self._number, items)
 
 
 def busy_seconds(run: Stepper, steps: int) -> float:

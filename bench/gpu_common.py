@@ -1,14 +1,26 @@
-"""What the two GPU measurements share: shapes of a real and of a dry run, the device's ceilings, how time is taken."""
+"""What the GPU measurements share: shapes of a real and of a dry run, the device's ceilings, how time is taken, and how
+a result is written. It needs less installed than ``common``: a GPU machine may have no more.
+"""
 
 from __future__ import annotations
 
+import json
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from distserve.loadgen.machine import hardware, versions
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,27 @@ def about_device(shapes: Shapes) -> dict[str, Any]:
     if not shapes.dry:
         found["driver_memory_gib"] = round(torch.cuda.mem_get_info()[1] / 2**30, 1)
     return found
+
+
+def write(name: str, body: dict[str, Any]) -> None:
+    """One result document, as ``common.write`` makes them: what ran, when, on what; then the body."""
+    commit = ""
+    with suppress(OSError):
+        asked = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    document = {
+        "kind": "measured",
+        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit,
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+        "hardware": hardware(),
+        **body,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"written to bench/results/{path.name}", flush=True)
 
 
 def median(values: list[float]) -> float:

@@ -1,12 +1,13 @@
-"""How fast each Triton kernel is on this GPU, as a share of what the GPU does at best; then an 8B model end to end.
+"""How fast each Triton kernel is on this GPU, as a share of what the GPU does at best; then an 8B model end to end, and
+KV between two processes.
 
     PYTHONPATH=.:kernels python bench/kernels_gpu.py
 
-One command for a machine with an NVIDIA GPU; not run yet (prepared for Triton 3.6, torch 2.11, Python 3.12). It prints
-tables and writes bench/results/kernels_gpu.json and engine_gpu.json. The ceilings are measured first: a large copy for
-what moves bytes, a large bfloat16 matrix product for what computes. Attention over prompts is compared with torch's
-best ``scaled_dot_product_attention``. Goals are printed beside what they are for. ``--only kernels`` or ``engine``: one
-half.
+One command for a machine with an NVIDIA GPU (``gpu.py`` runs the tests as well); not run yet (prepared for Triton 3.6,
+torch 2.11, Python 3.12). It prints tables and writes bench/results/kernels_gpu.json, engine_gpu.json and ipc_gpu.json.
+The ceilings are measured first: a large copy for what moves bytes, a large bfloat16 matrix product for what computes.
+Attention over prompts is compared with torch's best ``scaled_dot_product_attention``. Goals are printed beside what
+they are for. ``--only kernels``, ``engine`` or ``ipc``: one part.
 
 ``--dry`` runs every line on tiny shapes in Triton's interpreter, on a CPU, and writes nothing: its times mean nothing.
 """
@@ -19,16 +20,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import engine_gpu
+import ipc_gpu
 import torch
 import torch.nn.functional as F
-from common import write
-from gpu_common import DRY, LLAMA_8B, Shapes, about_device, ceilings, seconds
+from gpu_common import DRY, LLAMA_8B, Shapes, about_device, ceilings, seconds, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distserve_kernels import paged_reference
 from distserve_kernels.rotary import rotary_table
 
+PARTS = ("kernels", "engine", "ipc")
 RUN = "PYTHONPATH=.:kernels TRITON_INTERPRET=1 python bench/kernels_gpu.py --dry"
 
 
@@ -203,7 +205,7 @@ def measured(case: Case, shapes: Shapes, tops: dict[str, float]) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("kernels", "engine"), help="one half")
+    parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on a CPU; nothing is written")
     parsed = parser.parse_args()
     shapes = DRY if parsed.dry else LLAMA_8B
@@ -212,14 +214,22 @@ def main() -> None:
     about, tops = about_device(shapes), ceilings(shapes)
     copies, multiplies = tops["B/s"] / 1e12, tops["FLOP/s"] / 1e12
     print(f"{about['gpu']}: copies {copies:.2f} TB/s, multiplies {multiplies:.0f} TFLOP/s")
-    if parsed.only != "engine":
-        rows = [asdict(measured(case, shapes, tops)) for case in cases(shapes)]
+    measured_here = {"device": about, "dtype": str(shapes.dtype), "ceilings": tops}
+    for part in PARTS if parsed.only is None else (parsed.only,):
+        found = part_of(part, shapes, tops)
         if not parsed.dry:
-            write("kernels_gpu", {"device": about, "dtype": str(shapes.dtype), "ceilings": tops, "rows": rows})
-    if parsed.only != "kernels":
-        found = engine_gpu.measure(shapes, tops["B/s"])
-        if not parsed.dry:
-            write("engine_gpu", {"device": about, "dtype": str(shapes.dtype), "ceilings": tops, **found})
+            write(f"{part}_gpu", measured_here | found)
+
+
+def part_of(part: str, shapes: Shapes, tops: dict[str, float]) -> dict[str, Any]:
+    """Measure one part and print its lines."""
+    match part:
+        case "kernels":
+            return {"rows": [asdict(measured(case, shapes, tops)) for case in cases(shapes)]}
+        case "engine":
+            return engine_gpu.measure(shapes, tops["B/s"])
+        case _:
+            return {"moves": ipc_gpu.measure(shapes, tops["B/s"])}
 
 
 if __name__ == "__main__":

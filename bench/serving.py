@@ -4,7 +4,7 @@ For each system: TTFT of single prompts, single-stream decode, throughput at fix
 targets. One system at a time: a peer with a --peer-command is started for its turn and ended after it, because some
 spin when idle. Leave the machine alone while it runs; what others used of the cores is in the result.
 
-    python bench/serving.py                                       # ours: 1p1d, 2mixed, 1mixed-2t
+    python bench/serving.py                                       # ours: 1p1d, 1p1d-overflow, 2mixed, 1mixed-2t
     python bench/serving.py --systems 1mixed-2t --peer vllm-cpu=http://127.0.0.1:8100 \\
         --peer-command vllm-cpu='vllm serve DIR --port 8100'
 """

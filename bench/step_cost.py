@@ -2,9 +2,9 @@
 
 Step times are of the bare engine. Host time is what a step of the real step loop takes outside the forward pass, with
 the real machine, metrics and sampling, while ``batch`` sequences decode: events and effects, the plan, the sampling.
-Messages to gateways are encoded by another thread and not in it. For each curve the exponent p of a + b·x^p is fitted,
-against x and, for prompts, against their floating point operations too (attention is quadratic by nature): growth is
-called super-linear when p is above 1.15 and what grows is more than a tenth of the last step.
+Messages to gateways are encoded by another thread and not in it. A curve is called super-linear when the time grows by
+over 1.1 times as much as its work from one point to the next: work is the sequences of a batch, the tokens of a
+context, and of a prompt the floating point operations (attention is quadratic by nature). ``growth`` says more.
 
     python bench/step_cost.py           # writes results/step_cost.json and results/step_cost.svg
 """
@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import matplotlib
-import numpy as np
 import torch
 from common import RESULTS, write
+from growth import TOLERANCE, Curve, curve, verdict
 from prometheus_client import CollectorRegistry
-from scipy.optimize import curve_fit
 
 from distserve.core.effects import AbortSend, CloseTicket, OpenTicket, SendStage
 from distserve.core.events import GatewayAttached, Submit
@@ -55,54 +54,20 @@ from distserve.sched.instance import InstanceState
 matplotlib.use("svg")
 GREEDY = Sampling(temperature=0.0)
 DRAWN = Sampling(temperature=0.8, top_p=0.95, seed=1)
+HOST_KINDS = {
+    "greedy": GREEDY,
+    "top-p 0.95": DRAWN,
+    "top-k 50, top-p 0.95": replace(DRAWN, top_k=50),
+    "top-p 0.95, three penalties": replace(DRAWN, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1),
+    "greedy, 5 logprobs": replace(GREEDY, logprobs=5),
+}
 GATEWAY = GatewayRef("bench", 1)
-SUPER_LINEAR, WORTH_SAYING = 1.15, 0.10
 BATCH_CONTEXT = 256
 """Tokens of KV behind each sequence of the curve over batches."""
 
 CONTEXT_BATCHES = (1, 16)
 HOST_PROMPT = 16
 """Tokens of each prompt of the host curve: short, because the host does not read them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Seconds ``y`` over ``x``; ``exponent`` of growth in x, ``work_exponent`` in operations where that is asked."""
-
-    name: str
-    over: str
-    x: list[int]
-    y: list[float]
-    exponent: float | None = None
-    growing_share: float | None = None  # of the last step: what is not its constant part
-    work_exponent: float | None = None
-    super_linear: bool = False
-
-
-def curve(name: str, over: str, points: dict[int, float], work: Callable[[int], float] | None = None) -> Curve:
-    """The points with their growth. Fewer than four tell nothing of growth."""
-    x, y = list(points), list(points.values())
-    if len(x) < 4:
-        return Curve(name, over, x, y)
-    exponent, share = growth(x, y)
-    in_work = growth([work(n) for n in x], y)[0] if work is not None else None
-    judged = exponent if in_work is None else in_work
-    return Curve(name, over, x, y, exponent, share, in_work, judged > SUPER_LINEAR and share > WORTH_SAYING)
-
-
-def growth(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """(p, share of the growing part at the last point) of a + b·x^p, fitted with equal relative errors."""
-    scaled, times = np.asarray(x, float) / max(x), np.asarray(y, float)
-
-    def model(at: np.ndarray, fixed: float, growing: float, exponent: float) -> np.ndarray:
-        return fixed + growing * at**exponent
-
-    guess = (float(times[0]), float(max(times[-1] - times[0], 1e-9)), 1.0)
-    found, _ = curve_fit(
-        model, scaled, times, p0=guess, sigma=times, bounds=((0.0, 0.0, 0.2), (np.inf, np.inf, 4.0)), max_nfev=20_000
-    )
-    fixed, growing, exponent = (float(v) for v in found)
-    return exponent, growing / (fixed + growing)
 
 
 class Timed:
@@ -127,7 +92,7 @@ class Steps:
         longest = max([1, *args.batches]) * (BATCH_CONTEXT + 16), max([1, *args.contexts]) * max(CONTEXT_BATCHES) + 1024
         config = EngineConfig(model=args.model, dtype=args.dtype, threads=args.threads, kv_tokens=max(*longest, 4096))
         self.engine = Engine.load(config)
-        self.engine._forward = self.forward = Timed(self.engine._forward)
+        self.engine._pass.forward = self.forward = Timed(self.engine.forward)
         self._shape = read_config(resolve_model(args.model))
         self._parameters = self.engine.weight_bytes / DTYPES[args.dtype].itemsize
 
@@ -184,11 +149,15 @@ class TimedEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.depth = engine.depth
         self.spans: list[tuple[float, float]] = []
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def submit(self, plan: StepPlan) -> None:
+        self._engine.submit(plan)
+
+    def wait(self) -> StepOutput:
         began = time.perf_counter()
-        output = self._engine.run(plan)
+        output = self._engine.wait()
         self.spans.append((began, time.perf_counter()))
         return output
 
@@ -254,7 +223,7 @@ def step_curves(steps: Steps, args: argparse.Namespace) -> list[Curve]:
 
 def host_curves(steps: Steps, args: argparse.Namespace) -> tuple[list[Curve], dict[str, Any]]:
     curves, parts = [], {}
-    for name, sampling in (("greedy", GREEDY), ("top-p 0.95", DRAWN)):
+    for name, sampling in HOST_KINDS.items():
         rows: dict[str, dict[str, float]] = {}
         for batch in args.host_batches:
             rows[str(batch)] = row = host_time(steps, batch, args.host_steps, sampling)
@@ -299,10 +268,7 @@ def main() -> None:
     hosts, parts = host_curves(steps, args)
     curves += hosts
     for line in curves:
-        if line.exponent is not None:
-            verdict = "SUPER-LINEAR" if line.super_linear else "not super-linear"
-            work = f", operations^{line.work_exponent:.2f}" if line.work_exponent is not None else ""
-            print(f"{line.name}: grows as {line.over}^{line.exponent:.2f}{work}: {verdict}")
+        print(verdict(line))
     largest = max(args.host_batches)
     for name, rows in parts.items():
         host, machine, sampling, forward = (
@@ -314,7 +280,7 @@ def main() -> None:
         )
     plot(curves, args.name)
     body = {"model": args.model, "dtype": args.dtype, "threads": args.threads, "cores": watch.stop()}
-    write(args.name, {**body, "curves": [asdict(c) for c in curves], "host": parts})
+    write(args.name, {**body, "tolerance": TOLERANCE, "curves": [asdict(c) for c in curves], "host": parts})
 
 
 def arguments() -> argparse.Namespace:

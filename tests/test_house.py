@@ -30,7 +30,7 @@ PROMISED = {
         "--block-size --print-ready --grace --model-name --tokenizer --device --host --controller-port "
         "--api-keys --default-timeout --unread-limit --canary --canary-timeout --start-timeout --restart --journal "
         "--kernels --cuda-graphs --step-timeout --log-level --config --check-config --open-metrics --public-tls-dir "
-        "--tp --pp --prefill-tp --prefill-pp --decode-tp --decode-pp --rank-timeout --pin"
+        "--tp --pp --prefill-tp --prefill-pp --decode-tp --decode-pp --rank-timeout --pin --steps-in-flight"
     ),
     "bench": (
         "--url --model --requests --rate --duration --slo --json --goodput --concurrency --num-requests --input-tokens "

@@ -277,6 +277,10 @@ def simulate(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="chunked, serve, prompts-first, distserve, vllm-2023 [the profile's]",
     )
+    shapes.add_argument("--max-mixed-tokens", type=int, default=None, metavar="N", help="as of serve [the policy's]")
+    shapes.add_argument(
+        "--overflow-prefill-tokens", type=int, default=0, metavar="N", help="as of serve [%(default)s: off]"
+    )
     shapes.add_argument("--prefix-cache", action="store_true", help="prompts share KV as the trace's prefixes tell")
     shapes.add_argument("--kv-tokens", type=int, default=0, metavar="N", help="KV room of an instance [the profile's]")
     shapes.add_argument(

@@ -36,7 +36,11 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class RunStep:
-    """Run one forward pass; answers ``StepDone``, ``StepFailed`` or ``StepAbandoned``. At most one is outstanding."""
+    """Run one forward pass; answers ``StepDone``, ``StepFailed`` or ``StepAbandoned``.
+
+    At most ``InstanceConfig.steps_in_flight`` are outstanding; they are answered in order. When one fails or is given
+    up, all that were asked for after it and before its answer are answered ``StepAbandoned``.
+    """
 
     plan: StepPlan
 

@@ -50,6 +50,7 @@ from distserve.core.types import (
     InstanceRef,
     Load,
     Member,
+    Placement,
     Request,
     Timings,
     Token,
@@ -171,12 +172,13 @@ class MembersChanged:
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Where an attempt goes. ``decode == prefill`` means colocated: no hand-off."""
+    """Where an attempt goes. ``decode == prefill`` means no hand-off. ``placement``: why; None when it was not said."""
 
     request_id: str
     epoch: int
     prefill: Endpoint
     decode: Endpoint
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,15 @@ class Role(StrEnum):
         return self is not Role.PREFILL
 
 
+class Placement(StrEnum):
+    """Why an attempt was dispatched as it was: who reads its prompt, seen from who writes its answer."""
+
+    DISAGGREGATED = "disaggregated"  # a prefill instance, which hands it off
+    COLOCATED = "colocated"  # the same, a mixed instance
+    LOCAL = "local"  # the same, a decode instance, because the prompt is short
+    OVERFLOW = "overflow"  # the same, a decode instance, because every prefill queue is long
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended where it ran. Stop *strings* are matched by the gateway, which then cancels."""
 
@@ -203,13 +212,20 @@ class Member:
 
 # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+CHOSEN_BEFORE = -1
+"""Stands for a token that a step before this one samples, and that nobody knew when this one was planned."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepItem:
     """Compute these tokens of this sequence, from this position, into these blocks.
 
     A prompt chunk, a resumed prompt and a next token are the same item. ``blocks`` covers positions
-    ``0 .. start + len(token_ids)``; the KV of positions ``< start`` is already in it.
+    ``0 .. start + len(token_ids)``; the KV of positions ``< start`` is already in it, or the steps before this one that
+    are still outstanding write it.
+
+    ``token_ids == (CHOSEN_BEFORE,)``: the item *follows*. Its token is the one that the last step before it which
+    sampled for this request has chosen; that step is outstanding, or was the last one done.
     """
 
     request_id: str
@@ -223,10 +239,15 @@ class StepItem:
     prompt: tuple[int, ...] = ()  # only when sampling.needs_history
     output: tuple[int, ...] = ()  # output tokens so far, only when sampling.needs_history
 
+    @property
+    def follows(self) -> bool:
+        """Whether its one token is what a step before samples (``CHOSEN_BEFORE``)."""
+        return self.token_ids == (CHOSEN_BEFORE,)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass. ``number`` counts the instance's steps from 1."""
+    """One forward pass. ``number`` counts the instance's steps from 1; plans are computed in this order."""
 
     number: int
     items: tuple[StepItem, ...]

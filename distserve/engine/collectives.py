@@ -24,8 +24,9 @@ _TAG = 2
 class LaneGroup:
     """The lanes of one stage (``models.shard.Lanes``)."""
 
-    def __init__(self, group: Any, size: int) -> None:
-        self._group, self._size = group, size
+    def __init__(self, group: Any, size: int, timeout_s: float) -> None:
+        """``timeout_s``: the longest wait for another lane, which the group knows."""
+        self._group, self._size, self.timeout_s = group, size, timeout_s
 
     def sum_(self, x: Tensor) -> Tensor:
         """The sum over all lanes, in place; ``x`` must be contiguous."""
@@ -42,9 +43,15 @@ class LaneGroup:
 class PipeGroup:
     """The stages that this rank's lane runs through: takes from the one before, hands to the one after."""
 
-    def __init__(self, group: Any, stage: int) -> None:
-        self._group, self._stage = group, stage
+    def __init__(self, group: Any, stage: int, size: int) -> None:
+        self._group, self._stage, self._size = group, stage, size
         self._sent: list[tuple[Any, Tensor]] = []  # kept until they have left
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[n] of each stage → [stages, n]."""
+        parts = [torch.empty_like(x) for _ in range(self._size)]
+        self._group.allgather([parts], [x.contiguous()]).wait()
+        return torch.stack(parts)
 
     def receive(self, into: Tensor) -> Tensor:
         """Wait for what the stage before hands over; fills and returns ``into``."""
@@ -75,10 +82,10 @@ def open_groups(
     lanes = pipe = None
     if parallel.tp > 1:
         group = make(dist.PrefixStore(f"lanes/{stage}", store), lane, parallel.tp, interface, timeout_s)
-        lanes = LaneGroup(group, parallel.tp)
+        lanes = LaneGroup(group, parallel.tp, timeout_s)
     if parallel.pp > 1:
         group = make(dist.PrefixStore(f"pipe/{lane}", store), stage, parallel.pp, interface, timeout_s)
-        pipe = PipeGroup(group, stage)
+        pipe = PipeGroup(group, stage, parallel.pp)
     return lanes, pipe
 
 

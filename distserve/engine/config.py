@@ -34,9 +34,11 @@ class EngineConfig:
     kv_dtype: str = "auto"  # of the pool; auto: ``dtype``
     max_model_len: int = 0
     threads: int = 0
+    cores: tuple[int, ...] = ()  # one for each thread of native kernels; else they run anywhere
     device: str = "cpu"
     kernels: str = "auto"  # "auto" | "native" | "torch" | "triton"
     cuda_graphs: str = "auto"  # "auto": on a GPU, with Triton kernels | "off"
+    steps_in_flight: int = 1  # submitted and not yet waited for, at most
     name: str = ""  # the name served; the model's own when empty
 
     def __post_init__(self) -> None:
@@ -48,6 +50,8 @@ class EngineConfig:
             raise ModelError(f'kernels "{self.kernels}" are unknown; choose one of {", ".join(KERNELS)}')
         if self.cuda_graphs not in CUDA_GRAPHS:
             raise ModelError(f'cuda_graphs "{self.cuda_graphs}" is unknown; choose one of {", ".join(CUDA_GRAPHS)}')
+        if self.steps_in_flight < 1:
+            raise ModelError(f"steps_in_flight must be at least 1, not {self.steps_in_flight}")
         if self.block_size < 1:
             raise ModelError(f"block_size must be at least 1, not {self.block_size}")
         if self.blocks < 1 and not self.measured:

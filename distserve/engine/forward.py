@@ -14,6 +14,7 @@ from distserve.engine.stopping import StepGivenUp, StopSign
 from distserve.engine.tails import OpenTails
 from distserve.models.registry import Model
 from distserve_kernels.paged import LayerKv
+from distserve_kernels.streams import settle
 
 Forward = Callable[[StepPlan], Tensor | None]
 """Write the plan's KV; return logits [sampled, vocab] of the items that sample, in item order, None when none does.
@@ -41,7 +42,7 @@ class TorchForward:
         try:
             return self._model(build_step(plan, self._layout), stoppable(self._pool, self._sign, plan.number))
         except StepGivenUp:
-            settle(self._layout.device)
+            settle(self._layout.device)  # what was launched still writes into the step's blocks
             raise
 
 
@@ -50,12 +51,6 @@ def stoppable(pool: KvPool, sign: StopSign, number: int) -> Iterator[LayerKv]:
     for layer in pool.layers:
         sign.check(number)
         yield layer
-
-
-def settle(device: torch.device) -> None:
-    """Wait for what a step that was given up has launched: it still writes into the step's blocks."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def clear_masked(plan: StepPlan, layout: KvLayout, pool: KvPool, tails: OpenTails) -> None:

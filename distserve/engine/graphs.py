@@ -4,6 +4,9 @@ A graph replays the same launches on the same memory. So a step's integers are c
 its rows are padded to the next size: a row of padding has length 0, so attention reads nothing for it, and slot -1, so
 nothing is written for it. Everything here but ``CudaCapture`` runs alike on a CPU, where "recorded" steps simply run.
 
+The next step may be launched while one runs: all that writes the buffers, replays, and what reads the logits go to one
+stream, in this order, and the host writes only what ``Upload`` knows to be copied.
+
 Owns the buffers and the recordings. Steps that are not of single, sampling tokens go to the forward pass beside it. A
 recorded step cannot be given up: it is one launch, and short.
 """
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from distserve.core.types import StepItem, StepPlan
+from distserve.engine.chosen import NOBODY, ChosenIds, Followers
 from distserve.engine.forward import Forward
 from distserve.engine.paged_inputs import NOWHERE, table_width
 from distserve.engine.pool import KvPool
@@ -57,7 +61,7 @@ class DecodeBuffers:
         self._held: list[tuple[int, ...]] = [()] * rows  # the table of each row, as last sent
         self._rows = torch.arange(rows, device=device)
 
-    def fill(self, items: Sequence[StepItem], size: int) -> None:
+    def fill(self, items: Sequence[StepItem], size: int, followers: Followers = NOBODY) -> None:
         """Write the step's rows, and padding up to ``size`` of them, whose tables stay as they are and are not read."""
         spare = (0,) * (size - len(items))
         longs = array("q", (item.token_ids[0] for item in items))
@@ -68,7 +72,8 @@ class DecodeBuffers:
         longs.extend((NOWHERE,) * len(spare))
         lengths = array("i", [item.start + 1 for item in items])
         lengths.extend(spare)
-        self._write(longs, lengths, {i: item.blocks for i, item in enumerate(items) if self._held[i] != item.blocks})
+        tables = {i: item.blocks for i, item in enumerate(items) if self._held[i] != item.blocks}
+        self._write(longs, lengths, tables, followers)
 
     def fill_trial(self, size: int, blocks: int) -> None:
         """``size`` rows that write nothing, and read ``TRIAL_TOKENS`` (or what there is) of a pool of ``blocks``."""
@@ -84,7 +89,13 @@ class DecodeBuffers:
         singles = PagedSingles(self._tables[:size], self._lengths[:size], self._length)
         return StepInput(token_ids, positions, self._rows[:size], PagedKv(slots, None, 0, singles))
 
-    def _write(self, longs: array[int], lengths: array[int], tables: Mapping[int, tuple[int, ...]]) -> None:
+    def _write(
+        self,
+        longs: array[int],
+        lengths: array[int],
+        tables: Mapping[int, tuple[int, ...]],
+        followers: Followers = NOBODY,
+    ) -> None:
         """``tables``: the block table of each row whose table changes."""
         size = len(lengths)
         width = min(max(map(len, tables.values()), default=0), self._tables.shape[1])
@@ -92,8 +103,11 @@ class DecodeBuffers:
         for blocks in tables.values():
             flat.extend(blocks[:width])
             flat.extend((0,) * (width - len(blocks)))
-        fresh_longs, fresh_lengths, rows, fresh = self._upload.send(longs, lengths, array("q", tables), flat)
+        fresh_longs, fresh_lengths, rows, fresh, *places = self._upload.send(
+            longs, lengths, array("q", tables), flat, *followers.columns
+        )
         self._longs[:, :size].copy_(fresh_longs.view(3, size))
+        followers.fill(self._longs[0], places)
         self._lengths[:size].copy_(fresh_lengths)
         if tables:
             self._tables[:, :width].index_copy_(0, rows, fresh.view(len(tables), width))
@@ -105,9 +119,18 @@ class GraphedForward:
     """Steps of single tokens through recordings, others through ``beside``."""
 
     def __init__(
-        self, model: Model, pool: KvPool, beside: Forward, length: int, capture: Capture, most: int = MOST_ROWS
+        self,
+        model: Model,
+        pool: KvPool,
+        beside: Forward,
+        length: int,
+        capture: Capture,
+        most: int = MOST_ROWS,
+        chosen: ChosenIds | None = None,
     ) -> None:
+        """``chosen``: where items that follow find their ids, the same as for ``beside``."""
         self._model, self._pool, self.beside, self._capture = model, pool, beside, capture
+        self.chosen = chosen or ChosenIds()
         self.sizes = batch_sizes(most)
         self._buffers = DecodeBuffers(most, length, pool.block_size, pool.tensor.device)
         self._recorded: dict[int, Run] = {}
@@ -119,7 +142,8 @@ class GraphedForward:
             return self.beside(plan)
         if size not in self._recorded:
             self._record(size)
-        self._buffers.fill(plan.items, size)
+        followers = self.chosen.followers((row, item.request_id) for row, item in enumerate(plan.items) if item.follows)
+        self._buffers.fill(plan.items, size, followers)
         return self._recorded[size]()[: len(plan.items)]
 
     def record_all(self) -> None:

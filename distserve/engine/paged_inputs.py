@@ -2,7 +2,7 @@
 
 Orders the rows: prompt chunks first, then items of one token, each in the plan's order. Owns only the buffers that
 integers travel in; the pool is known by its sizes. Blocks need no clearing: paged operations read no position that was
-not written.
+not written. The ids of items that follow are put in on the device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 
 from distserve.core.types import StepItem, StepPlan
+from distserve.engine.chosen import ChosenIds
 from distserve.engine.upload import Upload
 from distserve.models.step import PagedChunks, PagedKv, PagedSingles, StepInput
 
@@ -24,10 +25,14 @@ NOWHERE = -1
 class PagedInputs:
     """Builds the inputs of steps. One thread uses it."""
 
-    def __init__(self, block_size: int, length: int, device: torch.device) -> None:
-        """``length``: of the longest sequence served. How attention is cut depends on it, not on the batch's own."""
+    def __init__(self, block_size: int, length: int, device: torch.device, chosen: ChosenIds | None = None) -> None:
+        """``length``: of the longest sequence served. How attention is cut depends on it, not on the batch's own.
+
+        ``chosen``: where items that follow find their ids; without, none may.
+        """
         self._size, self._length = block_size, length
         self._upload = Upload(device)
+        self._chosen = chosen or ChosenIds()
 
     def __call__(self, plan: StepPlan) -> StepInput:
         """The input of one pass over ``plan``'s items. ``sample_rows`` are in the order of the items that sample."""
@@ -36,12 +41,17 @@ class PagedInputs:
         firsts = array("i", accumulate((len(item.token_ids) for item in chunks), initial=0))
         starts = array("i", (item.start for item in chunks))
         lengths = array("i", (item.start + 1 for item in singles))
+        followers = self._chosen.followers(
+            (row, item.request_id) for row, item in enumerate(singles, firsts[-1]) if item.follows
+        )
         token_ids, positions, slots, sampled, *rest = self._upload.send(
             *token_columns((*chunks, *singles), self._size),
             _sample_rows(plan.items),
             *(firsts, starts, lengths),
             *(table_rows(items, self._size) for items in (chunks, singles)),
+            *followers.columns,
         )
+        followers.fill(token_ids, rest[5:])
         prefill = decode = None
         if chunks:
             longest = max(len(item.token_ids) for item in chunks)

@@ -5,20 +5,24 @@ Owns the weights and the KV pool. Keeps nothing about requests: a ``StepPlan`` s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from distserve.core.types import ModelSpec, StepPlan, Token
+from distserve.core.types import ModelSpec, StepPlan
 from distserve.engine.config import EngineConfig
+from distserve.engine.device_steps import device_steps
 from distserve.engine.forward import Forward
 from distserve.engine.memory import sized
 from distserve.engine.native import choose_forward
+from distserve.engine.native_sampler import chooser_of
 from distserve.engine.pool import KvPool
-from distserve.engine.sampler import Draw, choose_tokens
+from distserve.engine.sampler import Choose, Draw, choose_tokens
+from distserve.engine.stepping import Ahead, InTurn, Stepping
+from distserve.engine.stepping import StepOutput as StepOutput
 from distserve.engine.stopping import StopSign
 from distserve.engine.triton_forward import draw_of, ops_of
 from distserve.models.catalog import RANDOM_PREFIX, resolve_model
@@ -30,16 +34,36 @@ from distserve.models.weights import Progress, RandomWeights, SafetensorWeights,
 from distserve.observe.startup import Mark, unmarked
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a step chose: (request id, token) for each item that samples, in item order."""
+class Pass:
+    """One step from its plan to its tokens: forward, then sample. Called by one thread."""
 
-    tokens: tuple[tuple[str, Token], ...]
-    forward_s: float  # the whole step, sampling included
+    __slots__ = ("choose", "forward")
+
+    def __init__(self, forward: Forward, choose: Choose) -> None:
+        self.forward = forward
+        self.choose = choose
+
+    def __call__(self, plan: StepPlan) -> StepOutput:
+        """Compute every item's tokens, write their KV, and choose the next token of the items that sample."""
+        began = time.perf_counter()
+        if not plan.items:
+            return StepOutput((), 0.0)
+        with torch.inference_mode():
+            logits = self.forward(plan)
+            sampling = [item for item in plan.items if item.sample]
+            tokens = self.choose(logits, sampling) if logits is not None else []
+        named = tuple((item.request_id, token) for item, token in zip(sampling, tokens, strict=True))
+        return StepOutput(named, time.perf_counter() - began)
 
 
 class Engine:
-    """A loaded model over its KV pool. One thread calls ``run``; ``pool.tensor`` is shared with the mover."""
+    """A loaded model over its KV pool. One thread submits and waits; ``pool.tensor`` is shared with the mover.
+
+    Several steps may be outstanding (``depth``): they are computed in the order in which they were submitted. A step
+    whose items follow (``StepItem.follows``) reads, for each request, the token that the last step before it which
+    sampled for this request has chosen. If a step is given up or fails, all that are outstanding behind it raise
+    StepGivenUp in their turn, never computed.
+    """
 
     def __init__(
         self,
@@ -49,13 +73,19 @@ class Engine:
         weight_bytes: int,
         sign: StopSign | None = None,
         draw: Draw | None = None,
+        depth: int = 1,
+        choose: Choose | None = None,
     ) -> None:
+        """With a ``depth`` above 1 steps are launched ahead on a GPU, and elsewhere computed by a thread of the
+        engine's own, until it is closed.
+        """
         self.spec = spec
         self.pool = pool
         self.weight_bytes = weight_bytes  # of all tensors, in the model's dtype
-        self._forward = forward
+        self._pass = Pass(forward, choose or functools.partial(choose_tokens, draw=draw))
         self._sign = sign if sign is not None else StopSign()
-        self._draw = draw
+        launched = device_steps(forward, draw, self._pass.choose, pool.tensor.device, depth)
+        self._stepping: Stepping = launched or (InTurn(self._pass) if depth == 1 else Ahead(self._pass, depth))
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None, mark: Mark = unmarked) -> Engine:
@@ -78,22 +108,40 @@ class Engine:
         forward = choose_forward(config, model, shape, pool, length, sign)
         mark("kernels")
         draw = draw_of(config, shape.vocab_size)
-        return cls(spec_of(directory, shape, config, length), forward, pool, weight_bytes, sign, draw)
+        choose = chooser_of(config, shape.vocab_size, draw)
+        spec = spec_of(directory, shape, config, length)
+        return cls(spec, forward, pool, weight_bytes, sign, draw, config.steps_in_flight, choose)
+
+    @property
+    def forward(self) -> Forward:
+        """What computes its steps."""
+        return self._pass.forward
+
+    @property
+    def depth(self) -> int:
+        """How many steps may be submitted and not yet waited for."""
+        return self._stepping.depth
+
+    def submit(self, plan: StepPlan) -> None:
+        """Have a step computed, once those before it are; does not wait for its result."""
+        self._stepping.submit(plan)
+
+    def wait(self) -> StepOutput:
+        """The output of the oldest outstanding step, whose KV is written then.
+
+        Raises the step's error; StepGivenUp, between two layers, once ``give_up`` was called with its number, or when
+        a step before it did not end.
+        """
+        return self._stepping.wait()
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """Compute every item's tokens, write their KV, and choose the next token of the items that sample.
+        """``submit`` and ``wait``, for whoever runs one step at a time."""
+        self._stepping.submit(plan)
+        return self._stepping.wait()
 
-        Raises StepGivenUp, between two layers, once ``give_up`` was called with the plan's number.
-        """
-        began = time.perf_counter()
-        if not plan.items:
-            return StepOutput((), 0.0)
-        with torch.inference_mode():
-            logits = self._forward(plan)
-            sampling = [item for item in plan.items if item.sample]
-            tokens = choose_tokens(logits, sampling, self._draw) if logits is not None else []
-        named = tuple((item.request_id, token) for item, token in zip(sampling, tokens, strict=True))
-        return StepOutput(named, time.perf_counter() - began)
+    def close(self) -> None:
+        """End the engine's thread, if it has one. Idempotent."""
+        self._stepping.close()
 
     def give_up(self, number: int) -> None:
         """Let the step of this number end early if it runs, now or later. From any thread; does not wait."""

@@ -13,57 +13,52 @@ import torch
 from distserve.core.types import ModelSpec, StepPlan, Token
 from distserve.engine.collectives import LaneGroup, PipeGroup
 from distserve.engine.config import EngineConfig
-from distserve.engine.forward import clear_masked
-from distserve.engine.inputs import KvLayout, build_step
 from distserve.engine.microbatches import cut_step
-from distserve.engine.paged_inputs import PagedInputs
+from distserve.engine.native_sampler import chooser_of
+from distserve.engine.native_stage import choose_stage, meeting_lanes
 from distserve.engine.pool import KvPool
 from distserve.engine.runner import build_model, max_model_len, spec_of
-from distserve.engine.sampler import Draw, choose_tokens
-from distserve.engine.tails import OpenTails
+from distserve.engine.sampler import Choose, choose_tokens
+from distserve.engine.stage import Stage, TorchStage
 from distserve.engine.triton_forward import draw_of, paged_inputs
 from distserve.kv.shard import KvCut, Parallel
 from distserve.models.catalog import resolve_model
 from distserve.models.config import read_config
-from distserve.models.registry import Model
-from distserve.models.shard import Shard
-from distserve.models.step import StepInput
+from distserve.models.shard import Lanes, Shard
 from distserve.models.weights import Progress
 from distserve.observe.startup import Mark, unmarked
+from distserve_kernels.streams import settle
 
 
 class ShardEngine:
     """A rank's share of a loaded model over its own pool. One thread calls ``run``.
 
-    ``spec`` is the whole model's; ``pool.tensor`` [blocks, own layers, 2, own KV heads, block_size, head_dim].
+    ``spec`` is the whole model's; ``stage`` computes this rank's part of a step.
+    ``pool.tensor`` [blocks, own layers, 2, own KV heads, block_size, head_dim].
     """
 
     def __init__(
         self,
         spec: ModelSpec,
         shard: Shard,
-        model: Model,
+        stage: Stage,
         pool: KvPool,
         pipe: PipeGroup | None,
         hidden: int,
         weight_bytes: int,
         dtype: torch.dtype,
-        paged: PagedInputs | None = None,
-        draw: Draw | None = None,
+        choose: Choose = choose_tokens,
     ) -> None:
-        """``paged``: what builds the inputs of steps over block tables; None: steps gather KV."""
+        """``dtype``: of what stages hand each other, [tokens, ``hidden``]."""
         self.spec = spec
         self.pool = pool
         self.weight_bytes = weight_bytes  # of this rank's share, in the model's dtype
         self.cut = KvCut(shard.parallel, spec.layers, spec.kv_heads)
         self._shard = shard
-        self._model = model
+        self.stage = stage
         self._pipe = pipe
-        self._hidden = hidden
-        tensor = pool.tensor
-        self._layout = KvLayout(tensor.shape[1], tensor.shape[3], spec.block_size, dtype, tensor.device)
-        self._tails = OpenTails(spec.block_size)
-        self._paged, self._draw = paged, draw
+        self._hidden, self._dtype = hidden, dtype
+        self._choose = choose
 
     @classmethod
     def load(
@@ -87,8 +82,9 @@ class ShardEngine:
             torch.cuda.set_device(device)  # of this thread, which also runs the steps: kernels start on it
         directory = resolve_model(config.model)
         whole = read_config(directory)
-        shard = Shard(parallel, rank, lanes)
+        shard = Shard(parallel, rank, None)
         shard.check(whole)
+        shard = Shard(parallel, rank, meeting_lanes(config, shard, lanes))
         length = max_model_len(whole, config.max_model_len)
         with torch.inference_mode():
             model, weight_bytes = build_model(directory, whole, config, length, progress, shard)
@@ -104,14 +100,25 @@ class ShardEngine:
             device,
         )
         mark("pool")
+        paged = paged_inputs(config, pool, length)
+        stage: Stage = TorchStage(model, pool, config.torch_dtype, paged)
+        if paged is None and device.type == "cpu":
+            stage = choose_stage(config, model, whole, shard, pool, length, pipe, stage)
+        mark("kernels")
+        vocab = whole.vocab_size
+        choose = chooser_of(config, vocab, draw_of(config, vocab)) if _samples(shard) else choose_tokens
         spec = spec_of(directory, whole, config, length)
-        paged, draw = paged_inputs(config, pool, length), draw_of(config, whole.vocab_size)
-        return cls(spec, shard, model, pool, pipe, whole.hidden, weight_bytes, config.torch_dtype, paged, draw)
+        return cls(spec, shard, stage, pool, pipe, whole.hidden, weight_bytes, config.torch_dtype, choose)
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """How this rank meets the others of its stage; None where it is alone."""
+        return self._shard.lanes
 
     @property
     def samples(self) -> bool:
         """Whether this is the rank that chooses tokens."""
-        return self._shard.last and self._shard.lane == 0
+        return _samples(self._shard)
 
     def run(self, plan: StepPlan) -> list[Token]:
         """This rank's part of a step; at the sampling rank, a token for each item that samples, in item order.
@@ -120,31 +127,29 @@ class ShardEngine:
         gone or takes too long; this one is then of no more use.
         """
         tokens: list[Token] = []
-        self._tails.turn()
+        self.stage.begin()
+        if self._pipe is not None:
+            self._pipe.flush()  # of the step before: at its own end this stage would wait for the next one
         with torch.inference_mode():
             for part in cut_step(plan, self._shard.parallel.pp):
                 tokens += self._pass(part)
-            if self._pipe is not None:
-                self._pipe.flush()
+        settle(self.pool.tensor.device)  # KV that is told of is final for the mover, whose stream is another
         return tokens
 
     def _pass(self, plan: StepPlan) -> Sequence[Token]:
         """One micro-batch through this rank's layers."""
-        step = self._input(plan)
         before = None
         if self._pipe is not None and not self._shard.first:
-            before = self._pipe.receive(self.pool.tensor.new_empty(plan.tokens, self._hidden, dtype=self._layout.dtype))
-        made = self._model(step, self.pool.layers, before)
+            before = self._pipe.receive(self.pool.tensor.new_empty(plan.tokens, self._hidden, dtype=self._dtype))
+        made = self.stage(plan, before)
         if self._pipe is not None and not self._shard.last:
             assert made is not None
             self._pipe.send(made)
             return ()
         if made is None or not self.samples:
             return ()
-        return choose_tokens(made, [item for item in plan.items if item.sample], self._draw)
+        return self._choose(made, [item for item in plan.items if item.sample])
 
-    def _input(self, plan: StepPlan) -> StepInput:
-        if self._paged is not None:
-            return self._paged(plan)
-        clear_masked(plan, self._layout, self.pool, self._tails)
-        return build_step(plan, self._layout)
+
+def _samples(shard: Shard) -> bool:
+    return shard.last and shard.lane == 0

@@ -4,7 +4,8 @@ Owns that choice and the log lines that say what was chosen. On a CPU the same p
 (TRITON_INTERPRET=1 and kernels "triton"), for tests: slow, and step by step the same launches.
 
 Never run on a GPU so far: the kernels are tested in the interpreter and compile for sm_80 and sm_90; what is recorded
-is tested by running it, the recording itself is not.
+is tested by running it, the recording itself is not. Both forward passes here take followers' ids on the device
+(``chosen``), so that ``device_steps`` may launch a step while the one before it runs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from distserve.core.types import StepPlan
+from distserve.engine.chosen import ChosenIds
 from distserve.engine.config import EngineConfig
-from distserve.engine.forward import Forward, settle, stoppable
+from distserve.engine.forward import Forward, stoppable
 from distserve.engine.graphs import CudaCapture, GraphedForward
 from distserve.engine.paged_inputs import PagedInputs
 from distserve.engine.pool import KvPool
@@ -26,6 +28,7 @@ from distserve.models.errors import ModelError
 from distserve.models.registry import Model
 from distserve_kernels.backend import TritonUnavailable, triton_serves
 from distserve_kernels.ops import Ops, ops_for
+from distserve_kernels.streams import settle
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,8 @@ class PagedForward:
         self._length = length
         self.model, self._pool = model, pool
         self._sign = sign if sign is not None else StopSign()
-        self._inputs = PagedInputs(pool.block_size, length, pool.tensor.device)
+        self.chosen = ChosenIds()
+        self._inputs = PagedInputs(pool.block_size, length, pool.tensor.device, self.chosen)
 
     def __call__(self, plan: StepPlan) -> Tensor | None:
         try:
@@ -85,7 +89,8 @@ def triton_forward(
         return None
     if not _fits(config, pool):
         return in_torch
-    device, paged = pool.tensor.device, PagedForward(model, pool, length, sign)
+    device = pool.tensor.device
+    paged = PagedForward(model, pool, length, sign)
     if device.type != "cuda":
         log.info("Triton kernels, interpreted on the CPU: for tests, far slower than any other")
         return paged
@@ -109,7 +114,7 @@ def paged_inputs(config: EngineConfig, pool: KvPool, length: int) -> PagedInputs
 
 
 def _graphed(model: Model, pool: KvPool, paged: PagedForward, length: int) -> Forward:
-    graphed = GraphedForward(model, pool, paged, length, CudaCapture())
+    graphed = GraphedForward(model, pool, paged, length, CudaCapture(), chosen=paged.chosen)
     try:
         graphed.record_all()
     except RuntimeError as why:  # of CUDA: out of memory, or a library that cannot be recorded here

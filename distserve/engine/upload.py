@@ -1,4 +1,4 @@
-"""Small integers of a step, from Python's arrays to the device in one copy that nobody waits for.
+"""Small numbers of a step, from Python's arrays to the device in one copy that nobody waits for.
 
 Owns two page-locked buffers, used in turn: the next step is written into one while the copy out of the other may still
 be under way. On a CPU the same code fills ordinary memory. Knows no step.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _LEAST_BYTES = 1 << 16
 _ALIGNED = 16
 """Bytes. Triton compiles a kernel anew for a pointer that is not aligned so: all are, so that none is met late."""
 
-_DTYPES = {"q": torch.int64, "i": torch.int32}
+_DTYPES = {"q": torch.int64, "i": torch.int32, "d": torch.float64}
 
 
 @dataclass(slots=True)
@@ -35,8 +36,9 @@ class Upload:
         self._on_gpu = device.type == "cuda"
         self._turns = [_Turn(self._memory(_LEAST_BYTES), None) for _ in range(2)]
 
-    def send(self, *columns: array[int]) -> tuple[Tensor, ...]:
-        """Each column (typecode q or i) on the device, flat, int64 or int32, in fresh memory, aligned to 16 bytes.
+    def send(self, *columns: array[Any]) -> tuple[Tensor, ...]:
+        """Each column (typecode q, i or d) on the device, flat, int64, int32 or float64, in fresh memory, aligned to 16
+        bytes.
 
         Returns at once; what the current stream does later sees them.
         """

@@ -1,16 +1,19 @@
 """The step loop: the one thread that touches the machine, the engine and the blocks (DESIGN §3).
 
-It takes what came in, hands it to the machine, performs what the machine asks, and runs the next step; what is to be
-sent leaves in one batch a turn. It blocks when there is nothing to do, and decides nothing. What comes in while a step
-runs waits for its end, and a step that nobody waits for any more is given up, so that a cancel does not wait long.
+It takes what came in, hands it to the machine, performs what the machine asks, submits the steps that were planned and
+waits for the oldest; what is to be sent leaves in one batch a turn. It blocks when there is nothing to do, and decides
+nothing. What comes in while a step runs waits for the end of the oldest one, and steps that nobody waits for any more
+are given up, so that a cancel does not wait long.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from distserve.core.effects import AbortSend, CloseTicket, Effect, OpenTicket, RunStep, Send, SendStage
@@ -19,6 +22,7 @@ from distserve.core.types import Load, StepPlan
 from distserve.engine.stopping import StepGivenUp
 from distserve.instance.inbox import Inbox, Question, Stop
 from distserve.instance.ports import DataPlane, Engine, Machine, Observer
+from distserve.sched.awaiting import Awaiting
 
 log = logging.getLogger(__name__)
 FAILED_STEPS_LIMIT = 2
@@ -58,22 +62,30 @@ class StepLoop:
         self._observers = tuple(observers)
         self._clock = clock
         self._inbox = inbox
-        self._plan: StepPlan | None = None
+        self._asked: deque[StepPlan] = deque()  # steps not yet answered, oldest first
+        self._submitted = 0  # so many of them, from the oldest on
+        self._void = 0  # up to this number no step is submitted any more: one before it did not end
         self._sends: list[Send] = []
         self._said: tuple[Load, bool] | None = None
         self._failed_steps = 0
 
     def run(self) -> None:
         """Turn until stopped. Raises ``EngineBroken``, or whatever a broken invariant raises."""
-        outcome: InstanceEvent | None = None
+        outcome: StepDone | StepFailed | StepAbandoned | None = None
         try:
-            while self._take(wait=outcome is None and self._plan is None):
+            while self._take(wait=outcome is None and not self._asked):
                 if outcome is not None:
-                    self._handle(outcome)
+                    self._take_outcome(outcome)
                 self._say()
                 outcome = self._step()
         finally:
             self._inbox.close()
+
+    def _take_outcome(self, outcome: StepDone | StepFailed | StepAbandoned) -> None:
+        """What was planned behind a step that did not end, not knowing it, is void; so the machine takes it, too."""
+        if not isinstance(outcome, StepDone) and self._asked:
+            self._void = self._asked[-1].number
+        self._handle(outcome)
 
     def _take(self, *, wait: bool) -> bool:
         """Handle all that is in the inbox, waiting for something (or a deadline) if asked to. False: stop."""
@@ -124,11 +136,11 @@ class StepLoop:
             case Send():
                 self._sends.append(effect)
             case RunStep(plan):
-                if self._plan is not None:
+                if len(self._asked) >= self._engine.depth:
                     raise RuntimeError(
-                        f"step {plan.number} was asked for while step {self._plan.number} is outstanding"
+                        f"step {plan.number} was asked for while step {self._asked[0].number} is outstanding"
                     )
-                self._plan = plan
+                self._asked.append(plan)
             case OpenTicket(ticket, blocks):
                 self._data_plane.open_ticket(ticket, blocks)
             case CloseTicket(move_id):
@@ -149,15 +161,29 @@ class StepLoop:
             self._sends.clear()
 
     def _step(self) -> StepDone | StepFailed | StepAbandoned | None:
-        if (plan := self._plan) is None:
+        """The outcome of the oldest step, once all that were planned are submitted; None when there is none."""
+        if not self._asked:
             return None
-        self._plan = None
         awaiting = self._machine.awaiting()
-        if awaiting.nobody:  # planned and cancelled within one turn
+        if not awaiting.nobody and self._asked[0].number > self._void:
+            self._submit()
+        plan = self._asked.popleft()
+        if not self._submitted:  # cancelled in the turn that planned it, or behind one that did not end
             return StepAbandoned(plan.number)
+        self._submitted -= 1
+        return self._outcome(plan, awaiting)
+
+    def _submit(self) -> None:
+        for plan in islice(self._asked, self._submitted, None):
+            self._engine.submit(plan)
+            self._submitted += 1
+
+    def _outcome(self, plan: StepPlan, awaiting: Awaiting) -> StepDone | StepFailed | StepAbandoned:
+        if awaiting.nobody:
+            self._engine.give_up(plan.number)
         try:
             with self._inbox.during(awaiting, self._engine.give_up):
-                output = self._engine.run(plan)
+                output = self._engine.wait()
         except StepGivenUp:
             return StepAbandoned(plan.number)
         except Exception as error:

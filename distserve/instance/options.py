@@ -27,6 +27,7 @@ class InstanceOptions:
     device: str = "cpu"
     kernels: str = "auto"  # "auto" | "native" | "torch" | "triton"
     cuda_graphs: str = "auto"  # "auto" | "off"
+    steps_in_flight: int | None = None  # planned before the last is done; None: by device and stages
     threads: int = 1  # of the forward pass
     cores: tuple[int, ...] = ()  # that steps and KV copies keep to; none: any
     kv_cache_dtype: str = "auto"  # of KV: "auto" (``dtype``) | "float32" | "bfloat16" | "float16" | "fp8_e4m3"
@@ -39,7 +40,7 @@ class InstanceOptions:
     tp: int = 1  # ranks that share each layer's heads
     pp: int = 1  # stages of layers, each of ``tp`` ranks
     rank_timeout_s: float = 120.0  # the longest wait of one rank for another
-    transfer: str = "auto"  # "auto" | "shm" | "gloo" | "nccl"
+    transfer: str = "auto"  # "auto" | "shm" | "gloo" | "nccl" | "ipc"
     host: str = "127.0.0.1"  # to bind
     port: int = 0
     ops_port: int | None = None  # HTTP port of /metrics, /livez and /readyz; 0: any; None: off
@@ -63,9 +64,14 @@ class InstanceOptions:
             host, _, port = address.rpartition(":")
             if address and not (host and port.isdigit() and 0 < int(port) < 65_536):
                 raise ValueError(f"{flag} {address}: HOST:PORT is needed, as others dial it")
-        for flag, count in (("--tp", self.tp), ("--pp", self.pp)):
+        in_flight = 1 if self.steps_in_flight is None else self.steps_in_flight
+        for flag, count in (("--tp", self.tp), ("--pp", self.pp), ("--steps-in-flight", in_flight)):
             if count < 1:
                 raise ValueError(f"{flag} {count}: at least 1 is needed")
+        if in_flight > 1 and self.tp > 1 and self.pp == 1:
+            raise ValueError(
+                f"--steps-in-flight {in_flight}: ranks of one stage run one step at a time; leave it out, or add --pp"
+            )
         if strange := set(self.cores) - set(usable_cores()):
             raise ValueError(
                 f"--cores {','.join(map(str, self.cores))}: this process may not run on {min(strange)}, but on "

@@ -39,13 +39,26 @@ class StepOutput(Protocol):
 
 
 class Engine(Protocol):
-    """``engine.Engine``: one forward pass at a time. Whatever it raises is a failed step, but for StepGivenUp.
+    """``engine.Engine``: forward passes, computed in the order in which they are submitted. One thread calls ``submit``
+    and ``wait``.
 
-    ``give_up`` may come from any thread and does not wait: ``run`` may then raise StepGivenUp for that step, and for
-    no other.
+    ``submit`` does not wait for the step's result, though it may work on it in the calling thread; at most ``depth``
+    steps are submitted and not yet waited for. ``wait`` returns the output of the oldest of them, whose KV is in all
+    pools then. Whatever it raises is a failed step, but for StepGivenUp; ``submit`` raises nothing of a step's.
+
+    A step that did not end takes all later ones with it: those that are outstanding when ``wait`` raises end with
+    StepGivenUp, and were not computed with what the failed one did not make. The same holds for an item that follows
+    (``StepItem.follows``) a step that has sampled nothing for it.
+
+    ``give_up`` may come from any thread and does not wait: ``wait`` may then raise StepGivenUp for that step.
     """
 
-    def run(self, plan: StepPlan) -> StepOutput: ...
+    @property
+    def depth(self) -> int: ...
+
+    def submit(self, plan: StepPlan) -> None: ...
+
+    def wait(self) -> StepOutput: ...
 
     def give_up(self, number: int) -> None: ...
 

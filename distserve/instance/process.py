@@ -1,8 +1,9 @@
 """The instance process from start to end: bind, load, join, serve, drain, release.
 
 Threads: the main one runs asyncio (server, streams, signals); one thread loads the model and then runs the step loop,
-so that the engine lives and dies on one thread; the mover has its own. Exit codes: 0 asked to stop; 1 broke;
-2 could not start; 3 refused by the controller.
+so that the engine lives and dies on one thread (with several steps in flight on a CPU it computes on another, which it
+starts and ends itself); the mover has its own. Exit codes: 0 asked to stop; 1 broke; 2 could not start; 3 refused by
+the controller.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from distserve.core.types import Endpoint, InstanceRef, Member
 from distserve.engine.native import native_copies
 from distserve.engine.runner import Engine
 from distserve.instance.inbox import Inbox
-from distserve.instance.loading import engine_config
+from distserve.instance.loading import engine_config, machine_config
 from distserve.instance.loop import StepLoop, Turn
 from distserve.instance.network import Answers, Network
 from distserve.instance.ops import Operations
@@ -37,7 +38,7 @@ from distserve.instance.ranks.crew import RankLost
 from distserve.instance.ranks.engine import RankedEngine
 from distserve.instance.ranks.instance import RankedInstance
 from distserve.instance.ranks.moves import RankedDataPlane
-from distserve.instance.ranks.muster import Orders
+from distserve.instance.ranks.muster import Orders, started_place
 from distserve.instance.ranks.place import Place, place_of
 from distserve.instance.ranks.worker import run_placed
 from distserve.instance.views import inspect, kv_check
@@ -74,7 +75,7 @@ def main(options: InstanceOptions) -> int:
     try:
         place = place_of(os.environ, options_parallel(options))
         if place is not None and place.rank > 0:
-            return run_placed(place, rank_key(Trust.of(options.security).secret), options.host)
+            return run_placed(place, rank_key(Trust.of(options.security).secret), options.host, options.cores)
     except ValueError as error:
         log.error("%s", error)
         return CANNOT_START
@@ -90,7 +91,9 @@ class InstanceProcess:
         self._place = place
         self._ranks: RankedInstance | None = None
         self._ref = InstanceRef(options.id, fresh_incarnation())
-        self._thread = ThreadPoolExecutor(1, "step", initializer=keep_to, initargs=(options.cores,))
+        first = place or started_place(options_parallel(options), 0)
+        self._cores = first.cores(options.cores, options.threads)
+        self._thread = ThreadPoolExecutor(1, "step", initializer=keep_to, initargs=(self._cores,))
         self._seed = secrets.randbits(63)  # of ticket nonces
         self._startup = Startup(process_age_s())
         self._code = STOPPED
@@ -135,6 +138,7 @@ class InstanceProcess:
             key=rank_key(self._trust.secret),
             data_keys=transfer.keys,
             data_port=transfer.port,
+            cores=options.cores,
         )
 
         def lost(words: str) -> None:
@@ -149,7 +153,8 @@ class InstanceProcess:
 
     async def _load(self, ending: Ending) -> Engine | RankedEngine:
         """Load the model on the step thread. A process that is told to end meanwhile has nothing to release."""
-        options, config = self._options, engine_config(self._options)
+        options = self._options
+        config = dataclasses.replace(engine_config(options), cores=self._cores)
         self._startup.mark("python")
         began = time.monotonic()
         load: Callable[..., Engine | RankedEngine] = Engine.load if self._ranks is None else self._ranks.load
@@ -186,7 +191,7 @@ class InstanceProcess:
             bind_host=options.host,
             port=options.data_port,
             advertise_host=self._advertised(),
-            cores=options.cores,
+            cores=self._cores,
             keys=secret.derive("transfer") if secret is not None else (),
         )
 
@@ -212,7 +217,7 @@ class InstanceProcess:
         journals: Sequence[Journal],
     ) -> None:
         options, asyncio_loop = self._options, asyncio.get_running_loop()
-        machine = InstanceState(member, options.machine, self._seed)
+        machine = InstanceState(member, machine_config(options), self._seed)
         operations = Operations(member, machine, inbox)
 
         def welcomed() -> None:
@@ -246,7 +251,7 @@ class InstanceProcess:
 
         watched = WatchedEngine(engine, options.step_timeout_s or math.inf, late)
         steps = StepLoop(inbox, machine, watched, mover, outward, [*journals, operations.observer])
-        stepping = asyncio_loop.run_in_executor(self._thread, steps.run)
+        stepping = asyncio_loop.run_in_executor(self._thread, run_steps, steps, engine)
         stepping.add_done_callback(lambda _: ending.ask())
         try:
             await network.start(server, Answers(lambda r, now: inspect(machine, r, now), lambda: kv_check(machine)))
@@ -278,7 +283,7 @@ class InstanceProcess:
         about = {
             "machine": "instance",
             "member": codec.encode(member),
-            "config": dataclasses.asdict(self._options.machine),
+            "config": dataclasses.asdict(machine_config(self._options)),
             "seed": self._seed,
         }
         return [Journal(self._options.journal, about)]
@@ -347,6 +352,12 @@ class InstanceProcess:
             self._code = BROKE
         self._thread.shutdown()
         log.info("stopped")
+
+
+def run_steps(steps: StepLoop, engine: Engine | RankedEngine) -> None:
+    """Until the loop ends and the engine is done with what was still outstanding."""
+    with closing(engine):
+        steps.run()
 
 
 def options_parallel(options: InstanceOptions) -> Parallel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 from distserve.core.types import StepPlan
@@ -20,7 +21,10 @@ PAUSE_SHARE = 0.1
 
 
 class WatchedEngine:
-    """An engine whose steps are watched. ``late`` is called once, from the watching thread, with a sentence."""
+    """An engine whose oldest outstanding step is watched, from when it was submitted or the one before it ended.
+
+    ``late`` is called once, from the watching thread, with a sentence.
+    """
 
     def __init__(
         self, engine: Engine, limit_s: float, late: Callable[[str], None], clock: Callable[[], float] = time.monotonic
@@ -29,22 +33,34 @@ class WatchedEngine:
         self._limit_s = limit_s
         self._late = late
         self._clock = clock
-        self._running: tuple[int, float] | None = None  # step number, when it began; one store, so never half seen
+        self._outstanding: deque[int] = deque()  # step numbers
+        self._running: tuple[int, float] | None = None  # the oldest, when it began; one store, so never half seen
         self._asleep = False
         self._closed = False
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="step-watch", daemon=True)
         self._thread.start()
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    @property
+    def depth(self) -> int:
+        return self._engine.depth
+
+    def submit(self, plan: StepPlan) -> None:
         """As the engine's own."""
-        self._running = (plan.number, self._clock())
-        if self._asleep:
-            self._wake.set()
+        self._outstanding.append(plan.number)
+        if len(self._outstanding) == 1:
+            self._running = (plan.number, self._clock())
+            if self._asleep:
+                self._wake.set()
+        self._engine.submit(plan)
+
+    def wait(self) -> StepOutput:
+        """As the engine's own."""
         try:
-            return self._engine.run(plan)
+            return self._engine.wait()
         finally:
-            self._running = None
+            self._outstanding.popleft()
+            self._running = (self._outstanding[0], self._clock()) if self._outstanding else None
 
     def give_up(self, number: int) -> None:
         """As the engine's own."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from distserve.core.types import Role
@@ -15,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", *DTYPES, "fp8_e4m3")
 KERNELS = ("auto", "native", "torch", "triton")
 CUDA_GRAPHS = ("auto", "off")
-TRANSFERS = ("auto", "shm", "gloo", "nccl")
+TRANSFERS = ("auto", "shm", "gloo", "nccl", "ipc")
 LEVELS = ("debug", "info", "warning", "error")
 _MOST_INSTANCES = 64  # of one role on one machine; beyond, a typing error is likelier than a wish
 _MOST_RANKS = 64
@@ -39,6 +41,7 @@ class ServeOptions:
     device: str = "cpu"
     kernels: str = "auto"
     cuda_graphs: str = "auto"
+    steps_in_flight: int | None = None
     threads_per_rank: int | None = None
     pin: bool = True
     tp: int = 1
@@ -108,11 +111,14 @@ class ServeOptions:
 
     @property
     def cores(self) -> dict[str, tuple[int, ...]]:
-        """Cores of its own for each instance, by id; none where they do not suffice, or were not wanted."""
-        needs = [self.threads for _ in self.instances]
-        alone = all(self.layout(role) == (1, 1) for _, role in self.instances)  # ranks share their instance's
-        given = share_cores(usable_cores(), needs) if self.pin and alone and self.device == "cpu" else [()] * len(needs)
-        return {name: cores for (name, _), cores in zip(self.instances, given, strict=True)}
+        """Cores of its own for each instance, by id, and so for each of its ranks; none where they do not suffice, or
+        were not wanted.
+        """
+        ranks = {name: math.prod(self.layout(role)) for name, role in self.instances}
+        needs = [self.threads] * sum(ranks.values())
+        pinned = self.pin and self.device == "cpu"
+        given = iter(share_cores(usable_cores(), needs) if pinned else [()] * len(needs))
+        return {name: tuple(core for own in islice(given, count) for core in own) for name, count in ranks.items()}
 
     def check(self) -> None:
         """Raise ``BadOptions`` for what can be known before anything is started."""
@@ -137,8 +143,8 @@ class ServeOptions:
             raise BadOptions(f"--kv-memory-fraction {self.kv_memory_fraction:g}: a part of 1 is needed, such as 0.5")
         if self.kv_tokens is not None and self.kv_tokens < self.block_size:
             raise BadOptions(f"--kv-tokens {self.kv_tokens} holds not one block of {self.block_size} tokens")
-        if self.transfer == "nccl" and self.device == "cpu":
-            raise BadOptions("--transfer nccl needs --device cuda; on a CPU choose auto, shm or gloo")
+        if self.transfer in ("nccl", "ipc") and self.device == "cpu":
+            raise BadOptions(f"--transfer {self.transfer} needs --device cuda; on a CPU choose auto, shm or gloo")
 
     @property
     def public_tls(self) -> TlsFiles | None:

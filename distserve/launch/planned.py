@@ -26,6 +26,7 @@ def options_of_plan(path: Path, known: Collection[str]) -> dict[str, Any]:
     values |= {role: plan.count(role) for role in ("prefill", "decode", "mixed")}
     values |= {name.replace("_", "-"): value for name, value in dataclasses.asdict(plan.batching).items()}
     values |= _of_instances(plan, known)
+    values["overflow-prefill-tokens"] = plan.overflow_prefill_tokens
     if plan.dtype:
         values["dtype"] = plan.dtype
     if plan.threads:

@@ -188,6 +188,7 @@ class _Cluster:
             device=options.device,
             kernels=options.kernels,
             cuda_graphs=options.cuda_graphs,
+            steps_in_flight=options.steps_in_flight,
             threads=options.threads,
             cores=options.cores[name],
             kv_cache_dtype=options.kv_cache_dtype,

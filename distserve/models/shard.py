@@ -107,10 +107,10 @@ class Reduced:
     """Partial products of every lane, summed."""
 
     def __init__(self, linear: Linear, lanes: Lanes) -> None:
-        self._linear, self._lanes = linear, lanes
+        self.linear, self._lanes = linear, lanes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._lanes.sum_(self._linear(x))
+        return self._lanes.sum_(self.linear(x))
 
 
 class VocabEmbedding:
@@ -130,10 +130,10 @@ class VocabHead:
     """Logits of every lane's part of the vocabulary, side by side, without the rows that only fill it up."""
 
     def __init__(self, linear: Linear, vocab_size: int, lanes: Lanes) -> None:
-        self._linear, self._vocab_size, self._lanes = linear, vocab_size, lanes
+        self.linear, self._vocab_size, self._lanes = linear, vocab_size, lanes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._lanes.gather(self._linear(x))[:, : self._vocab_size]
+        return self._lanes.gather(self.linear(x))[:, : self._vocab_size]
 
 
 class ShardWeights:

@@ -32,7 +32,7 @@ from distserve.core.events import (
     StepFailed,
     Submitted,
 )
-from distserve.core.types import Code, Load, Role
+from distserve.core.types import Code, Load, Placement, Role
 from distserve.observe.causes import cause_of
 
 LATENCY_BUCKETS = (
@@ -294,6 +294,8 @@ class ClusterMetrics:
         self._dispatches = Counter(
             "distserve_dispatches", "Attempts placed, by kind of placement", ["kind"], registry=registry
         )
+        for placement in Placement:
+            self._dispatches.labels(placement.value)
         self._refusals = Counter("distserve_dispatch_refusals", "Attempts refused", ["code"], registry=registry)
         self._prefills = Counter("distserve_prefills_finished", "First tokens seen by gateways", registry=registry)
 
@@ -308,9 +310,8 @@ class ClusterMetrics:
         counted_members = False
         for effect in effects:
             match effect:
-                case Send(_, Dispatched(_, _, prefill, decode)):
-                    kind = "colocated" if prefill.ref == decode.ref else "disaggregated"
-                    self._dispatches.labels(kind).inc()
+                case Send(_, Dispatched(placement=Placement() as placement)):
+                    self._dispatches.labels(placement.value).inc()
                 case Send(_, DispatchRefused(_, _, code)):
                     self._refusals.labels(code.value).inc()
                 case Send(_, MembersChanged(_, members)) if not counted_members:

@@ -31,7 +31,7 @@ from distserve_planner import workload as workloads
 from distserve_planner.latency.profile import Profile, read_profile
 from distserve_planner.plan import Plan
 from distserve_planner.refusal import CannotPlan
-from distserve_planner.simulation.deployment import limits
+from distserve_planner.simulation.deployment import limits, open_door
 from distserve_planner.simulation.result import SimulationResult, Slo
 from distserve_planner.simulation.shared import Machine, simulate_shared
 from distserve_planner.slo import SloClasses
@@ -157,7 +157,7 @@ def machine_of(plan: Plan, profile: Profile) -> Machine:
     tokens = min(each.kv_tokens for each in plan.instances)
     patient = limits(InstanceConfig().batching, batch=1, mixed=1, chunk=1, sequences=1, headroom=0.0)
     roles = tuple(Role(role) for role in plan.roles)
-    return Machine(profile, roles, plan.batching.onto(patient), tokens)
+    return Machine(profile, roles, plan.batching.onto(patient), tokens, cluster=open_door(plan.overflow_prefill_tokens))
 
 
 def workload_of(

@@ -1,8 +1,9 @@
-"""Who waits for the outstanding step: what an instance's shell may ask while the step runs and the machine rests.
+"""Who waits for the outstanding steps: what an instance's shell may ask while they run and the machine rests.
 
 The machine hears of a cancel only between two steps. Whoever takes messages in meanwhile asks this object about each of
-them; once nobody is left, the step may be given up, and the machine is told so after it has heard of the cancels
-themselves. A hint, no decision: a step given up by mistake is planned again. Knows no step but its own.
+them; once nobody is left, the oldest step may be given up, and the machine is told so after it has heard of the cancels
+themselves. A hint, no decision: a step given up by mistake is planned again. As giving a step up ends all behind it, it
+counts whoever waits for any of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from distserve.core.types import GatewayRef
 
 
 class Awaiting:
-    """The sequences of step ``number`` that are still here: request id → (gateway, epoch). Takes the dict over."""
+    """The sequences that are still here of step ``number`` and those behind it: request id → (gateway, epoch).
+
+    Takes the dict over.
+    """
 
     __slots__ = ("_here", "number")
 
@@ -22,11 +26,11 @@ class Awaiting:
 
     @property
     def nobody(self) -> bool:
-        """Whether the step is for nobody."""
+        """Whether the steps are for nobody."""
         return not self._here
 
     def hear(self, event: InstanceEvent) -> bool:
-        """Take note of what a message means for the step; True when with it the last one left."""
+        """Take note of what a message means for the steps; True when with it the last one left."""
         if not self._here:
             return False
         match event:

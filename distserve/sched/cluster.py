@@ -27,7 +27,7 @@ from distserve.core.events import (
     Tick,
     Welcomed,
 )
-from distserve.core.types import Code, GatewayRef, InstanceRef, Member, Role, attempt_of
+from distserve.core.types import Code, GatewayRef, InstanceRef, Member, Placement, Role, attempt_of
 from distserve.sched.config import ClusterConfig
 from distserve.sched.dispatch import Standing, pair
 
@@ -169,15 +169,16 @@ class ClusterState:
         if isinstance(choice, DispatchRefused):
             self.refused[choice.code] = self.refused.get(choice.code, 0) + 1
             return [Send(event.gateway, choice)]
-        prefill, decode = choice
+        prefill, decode, placement = choice
         prefill.send_prompt(key, event.prompt_tokens)
         decode.send_decode(key, event.total_tokens)
-        prefill.remember(event.prefix_hashes, self.config.affinity_runs)
+        for reader in (prefill, decode) if self.config.overflow_prefill_tokens else (prefill,):
+            reader.remember(event.prefix_hashes, self.config.affinity_runs)
         self._open[key] = (event.gateway, prefill.member.ref, decode.member.ref)
         endpoints = prefill.member.endpoint, decode.member.endpoint
-        return [Send(event.gateway, Dispatched(event.request_id, event.epoch, *endpoints))]
+        return [Send(event.gateway, Dispatched(event.request_id, event.epoch, *endpoints, placement))]
 
-    def _choose(self, event: DispatchAsked) -> tuple[Standing, Standing] | DispatchRefused:
+    def _choose(self, event: DispatchAsked) -> tuple[Standing, Standing, Placement] | DispatchRefused:
         """A prefill and a decode member for an attempt. Those to avoid are used only when nobody else is there."""
         serving = [s for s in self.members.values() if s.member.spec.name == event.model]
         prefills = [s for s in serving if s.member.role.can_prefill]
@@ -196,7 +197,7 @@ class ClusterState:
             return self._refuse(event, Code.RESOURCE_EXHAUSTED, problem)
         prefills = [s for s in prefills if s.member.ref not in event.avoid] or prefills
         decodes = [s for s in decodes if s.member.ref not in event.avoid] or decodes
-        return pair(prefills, decodes, event.prompt_tokens, event.prefix_hashes, self.config.local_prefill_tokens)
+        return pair(prefills, decodes, event.prompt_tokens, event.prefix_hashes, self.config)
 
     def _can_prefill(self, standing: Standing, event: DispatchAsked) -> bool:
         spec = standing.member.spec

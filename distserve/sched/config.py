@@ -16,6 +16,8 @@ class InstanceConfig:
     prefill_chunk: int = 512  # the most of one prompt in one step, so that its KV leaves while it is prefilled
     max_sequences: int = 64  # sequences in the running set, incoming moves included
     max_waiting: int = 1024
+    steps_in_flight: int = 1  # asked for and not yet answered; above 1 the next is planned before the last is done
+    follow_up: bool = False  # plan the token after one that an outstanding step samples; else such steps are disjoint
     batching: BatchPolicy = BatchPolicy.CHUNKED
     prefix_cache: bool = True
     headroom_share: float = 0.02  # of the pool, kept free for running sequences when granting or admitting
@@ -43,6 +45,7 @@ class ClusterConfig:
     local_prefill_tokens: int = (
         0  # conditional disaggregation: prompts up to this are prefilled where they decode; 0: off
     )
+    overflow_prefill_tokens: int = 0  # likewise any prompt, while prefill is behind decode by more; 0: off
     affinity_runs: int = 4096  # prefix runs remembered per instance
     lost_memory: int = 32  # how many departed lives are named in MembersChanged
 

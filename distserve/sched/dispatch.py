@@ -10,8 +10,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from distserve.core.types import Load, Member, Role
+from distserve.core.types import Load, Member, Placement, Role
 from distserve.kv.prefix import PREFIX_RUN
+from distserve.sched.config import ClusterConfig
+
+DEPTH = 3
+"""Prompt tokens that may overflow to one decode instance, in margins (and one prompt)."""
 
 
 @dataclass(slots=True)
@@ -68,6 +72,10 @@ class Standing:
             hits += 1
         return hits * PREFIX_RUN
 
+    def owed_with(self, prompt_tokens: int, hashes: Sequence[int]) -> int:
+        """Prompt tokens owed once a prompt is sent here, those cached left out."""
+        return self.queue_tokens + max(1, prompt_tokens - self.cached_tokens(hashes))
+
     def remember(self, hashes: Iterable[int], limit: int) -> None:
         for run in hashes:
             self.runs[run] = None
@@ -80,8 +88,7 @@ def shortest_queue(candidates: Iterable[Standing], prompt_tokens: int, hashes: S
     """The instance that would finish this prompt first, by tokens owed; then fewest open, then first to join."""
 
     def work(s: Standing) -> tuple[int, int, int]:
-        owed = s.queue_tokens + max(1, prompt_tokens - s.cached_tokens(hashes))
-        return owed, len(s.prefilling) + len(s.decoding), s.joined_order
+        return s.owed_with(prompt_tokens, hashes), len(s.prefilling) + len(s.decoding), s.joined_order
 
     return min(candidates, key=work, default=None)
 
@@ -91,24 +98,51 @@ def most_free(candidates: Iterable[Standing], hashes: Sequence[int]) -> Standing
     return max(candidates, key=lambda s: (s.free_tokens, s.cached_tokens(hashes), -s.joined_order), default=None)
 
 
+def overflow(
+    prefill: Standing, decodes: Iterable[Standing], prompt_tokens: int, hashes: Sequence[int], margin: int
+) -> Standing | None:
+    """The decode instance that reads a prompt itself because the prefill pool is behind; None: it is handed off.
+
+    ``prefill``: the shortest queue of its pool. A prompt overflows only while that owes more than ``margin`` tokens,
+    and only to a decode instance that would finish it more than ``margin`` tokens earlier, since it has streams to go
+    on with and reads slower, and that owes at most ``DEPTH`` margins before it. Hence
+
+    - a decode instance takes the excess alone, and with ``DEPTH`` margins below its ``max_batch_tokens`` whatever
+      overflows is let in as soon as there is room: no move waits in line there until prompts are read;
+    - what is owed counts from the dispatch, not from a report: a burst spills over prompt by prompt, and neither side
+      is chosen for longer than it is ahead.
+    """
+    if prefill.queue_tokens <= margin:
+        return None
+    reader = shortest_queue([s for s in decodes if s.queue_tokens <= DEPTH * margin], prompt_tokens, hashes)
+    if reader is None:
+        return None
+    earlier = prefill.owed_with(prompt_tokens, hashes) - reader.owed_with(prompt_tokens, hashes)
+    return reader if earlier > margin else None
+
+
 def pair(
     prefills: Iterable[Standing],
-    decodes: Iterable[Standing],
+    decodes: Sequence[Standing],
     prompt_tokens: int,
     hashes: Sequence[int],
-    local_prefill_tokens: int,
-) -> tuple[Standing, Standing]:
-    """Where to prefill and where to decode, of candidates that fit the request; neither list may be empty.
+    config: ClusterConfig,
+) -> tuple[Standing, Standing, Placement]:
+    """Where to prefill, where to decode, and why, of candidates that fit the request; neither list may be empty.
 
     A mixed instance decodes what it prefilled, so that hand-offs form no cycle. Conditional disaggregation: a prompt
-    with at most ``local_prefill_tokens`` to compute (0: never) is prefilled where it decodes.
+    is prefilled where it decodes if it has at most ``local_prefill_tokens`` to compute, or if every prefill queue is
+    behind by more than ``overflow_prefill_tokens`` (see ``overflow``); 0: never.
     """
     prefill = shortest_queue(prefills, prompt_tokens, hashes)
     assert prefill is not None
+    margin, local = config.overflow_prefill_tokens, config.local_prefill_tokens
+    if margin > 0 and (reader := overflow(prefill, decodes, prompt_tokens, hashes, margin)) is not None:
+        return reader, reader, Placement.OVERFLOW
     if prefill.member.role is Role.MIXED:
-        return prefill, prefill
+        return prefill, prefill, Placement.COLOCATED
     decode = most_free(decodes, hashes)
     assert decode is not None
-    if local_prefill_tokens > 0 and prompt_tokens - prefill.cached_tokens(hashes) <= local_prefill_tokens:
-        return decode, decode
-    return prefill, decode
+    if local > 0 and prompt_tokens - prefill.cached_tokens(hashes) <= local:
+        return decode, decode, Placement.LOCAL
+    return prefill, decode, Placement.DISAGGREGATED

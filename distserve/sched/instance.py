@@ -353,7 +353,7 @@ class InstanceState:
         return not self.residents.sequences and not self.arrivals.moves and not self.steps.running
 
     def awaiting(self) -> Awaiting:
-        """Who waits for the outstanding step now: with nobody left it may be given up (``StepAbandoned``)."""
+        """Who waits for the outstanding steps now: with nobody left the oldest may be given up (``StepAbandoned``)."""
         return self.steps.awaiting()
 
     def load(self) -> Load:

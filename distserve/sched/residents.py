@@ -9,12 +9,14 @@ from collections import deque
 
 from distserve.core.effects import Effect, Send
 from distserve.core.events import AttemptFailed
-from distserve.core.types import Code, InstanceRef, Member, StepItem
+from distserve.core.types import CHOSEN_BEFORE, Code, InstanceRef, Member, StepItem
 from distserve.kv.ledger import BlockLedger, BlockState
 from distserve.sched.batching import POLICIES, BatchLimits
 from distserve.sched.config import InstanceConfig
 from distserve.sched.lifecycle import Phase
 from distserve.sched.sequence import Sequence
+
+FOLLOWS = (CHOSEN_BEFORE,)
 
 
 class Residents:
@@ -29,15 +31,15 @@ class Residents:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self.preemptions = 0
-        self._stepping: dict[str, Sequence] = {}  # sequences whose blocks the outstanding step writes
-        self._after_step: list[str] = []  # ledger owners to release when it is done
+        self._steps_done = 0  # steps up to this number touch no block any more
+        self._after_step: list[tuple[int, str]] = []  # step, ledger owner to release when it is done
         self._zombies = 0
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def zombies(self) -> bool:
-        """Whether the outstanding step writes blocks of sequences that were dropped meanwhile."""
+        """Whether outstanding steps write blocks of sequences that were dropped meanwhile."""
         return bool(self._after_step)
 
     @property
@@ -117,7 +119,7 @@ class Residents:
             sequence.enter(Phase.DECODE)
 
     def drop(self, sequence: Sequence) -> None:
-        """Forget a sequence and free what it holds, now or when the step that writes its blocks is done."""
+        """Forget a sequence and free what it holds, now or when the last step that writes its blocks is done."""
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
         elif sequence.phase is not Phase.HANDOFF:
@@ -131,11 +133,11 @@ class Residents:
             self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        if self._stepping.get(sequence.id) is sequence:
+        if self.stepping(sequence):
             self._zombies += 1
             zombie = f"z:{self._zombies}:{sequence.id}"
             self.ledger.rename(sequence.owner, zombie)
-            self._after_step.append(zombie)
+            self._after_step.append((sequence.last_step, zombie))
         else:
             self.ledger.release(sequence.owner)
 
@@ -150,12 +152,19 @@ class Residents:
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def choose(self) -> list[tuple[Sequence, int]]:
-        """The chunks of the next step, each with its blocks secured; preempts the youngest where the pool is full."""
+        """The chunks of the next step, each with its blocks secured; preempts the youngest where the pool is full.
+
+        No step may be outstanding: who gives way gives its blocks away.
+        """
         config = self.config
         limits = BatchLimits(config.max_batch_tokens, config.max_mixed_tokens, config.prefill_chunk)
         chosen = POLICIES[config.batching](self.running, limits)
         if chosen and chosen[0][0].decoding != chosen[-1][0].decoding:  # else they are in order of arrival already
             chosen.sort(key=lambda c: c[0].order)
+        return self.secure(chosen)
+
+    def secure(self, chosen: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """Those of ``chosen`` whose blocks could be had, at the cost of younger sequences if need be."""
         preemptions = self.preemptions
         secured = [(s, n) for s, n in chosen if self._secure(s, s.computed + n)]
         if preemptions == self.preemptions:
@@ -188,37 +197,41 @@ class Residents:
         self.waiting.insert(place, sequence)
 
     def item(self, sequence: Sequence, count: int) -> StepItem:
-        """One entry of a step plan."""
-        start, end = sequence.computed, sequence.computed + count
+        """One entry of a step plan, behind what outstanding steps compute of the sequence."""
+        start = sequence.computed + sequence.ahead
+        end = start + count
         sampling = sequence.request.sampling
         history = sampling.needs_history
         return StepItem(
             request_id=sequence.id,
             start=start,
-            token_ids=tuple(sequence.tokens[start:end]),
+            token_ids=tuple(sequence.tokens[start:end]) or FOLLOWS,
             blocks=self.ledger.table(sequence.owner),
-            sample=end == len(sequence.tokens),
-            output_index=sequence.output_len,
+            sample=end == len(sequence.tokens) + sequence.unknown,
+            output_index=sequence.output_len + sequence.unknown,
             sampling=sampling,
             banned=sequence.banned(),
             prompt=sequence.request.prompt_token_ids if history else (),
             output=sequence.output if history else (),
         )
 
-    def begin_step(self, sequences: list[Sequence]) -> None:
-        self._stepping = {s.id: s for s in sequences}
-
-    def end_step(self) -> None:
-        """The outstanding step touches no block any more."""
-        self._stepping = {}
-        for owner in self._after_step:
+    def end_step(self, number: int) -> None:
+        """Steps up to this one touch no block any more: what they alone still wrote is free."""
+        self._steps_done = number
+        due = [owner for last, owner in self._after_step if last <= number]
+        if due:
+            self._after_step = [(last, owner) for last, owner in self._after_step if last > number]
+        for owner in due:
             self.ledger.release(owner)
-        self._after_step = []
+
+    def stepping(self, sequence: Sequence) -> bool:
+        """Whether an outstanding step computes some of it."""
+        return sequence.last_step > self._steps_done
 
     def holders(self) -> set[str]:
         """Every ledger owner that this object can release."""
         held = {s.owner for s in self.sequences.values() if s.phase is not Phase.WAITING}
-        return held | set(self._after_step)
+        return held | {owner for _, owner in self._after_step}
 
     def check(self) -> None:
         """Raise if queue, running set and sequences disagree."""
@@ -228,5 +241,11 @@ class Residents:
         for sequence in self.running:
             if sequence.phase not in (Phase.PREFILL, Phase.DECODE) or sequence.owed < 1:
                 raise AssertionError(f"{sequence.id}: {sequence.phase}, owes {sequence.owed}, in the running set")
-            if sequence.decoding and sequence.owed != 1 and sequence.id not in self._stepping:
+            if sequence.decoding and sequence.owed != 1:
                 raise AssertionError(f"{sequence.id}: decodes but owes {sequence.owed}")
+        for sequence in self.sequences.values():
+            if (sequence.ahead or sequence.unknown) and not self.stepping(sequence):
+                what = f"{sequence.ahead} positions and {sequence.unknown} tokens"
+                raise AssertionError(f"{sequence.id}: waits for {what} of no outstanding step")
+            if sequence.phase is Phase.HANDOFF and sequence.ahead:
+                raise AssertionError(f"{sequence.id}: is computed on while it is handed off")

@@ -10,10 +10,15 @@ class Sequence:
     """Tokens so far, how many of them are computed, and the marks its timings are read from.
 
     ``tokens`` is prompt and output in one list; positions ``< computed`` have their KV in the sequence's blocks.
+    Outstanding steps compute the next ``ahead`` positions, and sample ``unknown`` tokens behind those of the list.
     Belongs to ``InstanceState``; nothing else changes it.
+
+        tokens    [ prompt .................. | output ... ] ? ?      ? sampled by outstanding steps: ``unknown``
+        KV        [ computed ......... | ahead ............. ]        ``planned`` = both together
     """
 
     __slots__ = (
+        "ahead",
         "arrived",
         "cached_tokens",
         "computed",
@@ -25,6 +30,7 @@ class Sequence:
         "first_token_at",
         "gateway",
         "kv_bytes",
+        "last_step",
         "length_limit",
         "order",
         "owned_at",
@@ -37,6 +43,7 @@ class Sequence:
         "started_at",
         "timed",
         "tokens",
+        "unknown",
     )
 
     def __init__(
@@ -58,6 +65,9 @@ class Sequence:
         self.prompt_len = len(request.prompt_token_ids)
         self.tokens = [*request.prompt_token_ids, *output]
         self.computed = 0
+        self.ahead = 0
+        self.unknown = 0
+        self.last_step = 0  # the newest step that it was planned in
         self.length_limit = self.prompt_len + request.stopping.max_tokens  # tokens at which it ends
         self.phase = Phase.WAITING
         self.decoding = False  # in phase DECODE: owes the one token sampled last
@@ -89,6 +99,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def planned(self) -> int:
+        """Positions whose KV is there, or written by outstanding steps."""
+        return self.computed + self.ahead
+
+    @property
     def output_len(self) -> int:
         return len(self.tokens) - self.prompt_len
 
@@ -114,6 +129,6 @@ class Sequence:
         return self.finish
 
     def banned(self) -> tuple[int, ...]:
-        """Tokens that may not be sampled now: stops, until ``min_tokens`` are out."""
+        """Tokens that may not be sampled next, behind the unknown ones: stops, until ``min_tokens`` are out."""
         stopping = self.request.stopping
-        return stopping.stop_token_ids if self.output_len < stopping.min_tokens else ()
+        return stopping.stop_token_ids if self.output_len + self.unknown < stopping.min_tokens else ()

@@ -1,15 +1,19 @@
-"""The steps of one instance: plan the next forward pass, take in what it made.
+"""The steps of one instance: plan the next forward passes, take in what they made, in order.
 
-At most one step is outstanding. A sequence that is dropped meanwhile keeps its blocks until the step is done with them.
+Up to ``steps_in_flight`` are outstanding; ``ahead`` says whom a step takes that is planned behind others. A sequence
+that is dropped meanwhile keeps its blocks until the last step that it is in has ended. When a step does not end, those
+behind it count for nothing, whatever they computed; nothing is planned until they have ended, too.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from distserve.core.effects import Effect, RunStep, Send
 from distserve.core.events import SequenceOutput, StepAbandoned, StepDone, StepFailed, TokensMade
 from distserve.core.types import Code, FinishReason, GatewayRef, InstanceRef, StepPlan, Timings, Token
+from distserve.sched.ahead import Ahead
 from distserve.sched.awaiting import Awaiting
 from distserve.sched.departures import Departures
 from distserve.sched.lifecycle import Phase
@@ -19,11 +23,20 @@ from distserve.sched.sequence import Sequence
 
 @dataclass(slots=True)
 class Planned:
-    """One sequence's part in the outstanding step."""
+    """One sequence's part in an outstanding step."""
 
     sequence: Sequence
     count: int
     sample: bool
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """A step that was asked for and not yet answered. ``void``: one before it did not end."""
+
+    number: int
+    parts: list[Planned]
+    void: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +59,21 @@ class Steps:
         self.count = 0
         self.ignored = 0
         self._terse = terse
-        self._step: StepPlan | None = None
-        self._planned: list[Planned] = []
+        self._in_flight = residents.config.steps_in_flight
+        self._ahead = Ahead(residents)
+        self._outstanding: deque[Outstanding] = deque()  # oldest first
         self._left = -1  # steps until one of them ends by length; -1: not reckoned yet
         self._settled = True  # planning took room; False: it gave some back, so the next event may let somebody in
 
     @property
     def running(self) -> bool:
-        return self._step is not None
+        return bool(self._outstanding)
 
     def shape(self) -> StepShape:
-        """Of the outstanding step, as planned; to be asked before the machine hears of anything else."""
+        """Of the one outstanding step, as planned; to be asked before the machine hears of anything else."""
         chunks: list[tuple[int, int]] = []
         decodes = context = 0
-        for planned in self._planned:
+        for planned in self._outstanding[0].parts if self._outstanding else ():
             sequence = planned.sequence
             if sequence.decoding:
                 decodes += 1
@@ -69,13 +83,18 @@ class Steps:
         return StepShape(tuple(chunks), decodes, context)
 
     def awaiting(self) -> Awaiting:
-        """Who waits for the outstanding step now."""
-        here = (part.sequence for part in self._planned if part.sequence.phase is not Phase.ENDED)
-        return Awaiting(self.count, {s.id: (s.gateway, s.epoch) for s in here})
+        """Who waits for the outstanding steps now.
+
+        Giving one up ends all behind it, so nobody may wait for any of them before the oldest is given up.
+        """
+        parts = (part.sequence for step in self._outstanding for part in step.parts)
+        here = {s.id: (s.gateway, s.epoch) for s in parts if s.phase is not Phase.ENDED}
+        return Awaiting(self._outstanding[0].number if self._outstanding else self.count, here)
 
     def sampling(self) -> tuple[str, ...]:
-        """Request ids of the outstanding step that will sample a token, in item order."""
-        return tuple(part.sequence.id for part in self._planned if part.sample)
+        """Request ids of the oldest outstanding step that will sample a token, in item order."""
+        parts = self._outstanding[0].parts if self._outstanding else ()
+        return tuple(part.sequence.id for part in parts if part.sample)
 
     def _finish(self, sequence: Sequence) -> list[Effect]:
         effects = self.departures.end_for(sequence, "finished")
@@ -83,38 +102,60 @@ class Steps:
         return effects
 
     def next(self, now: float) -> list[Effect]:
-        if self._step is not None or not self.residents.running:
-            return []
+        """The steps that can be asked for now."""
+        asked: list[Effect] = []
+        while len(self._outstanding) < self._in_flight and self.residents.running:
+            if (step := self._plan(now)) is None:
+                break
+            asked.append(RunStep(step))
+        return asked
+
+    def _plan(self, now: float) -> StepPlan | None:
+        if self._outstanding and self._outstanding[0].void:
+            return None
         preemptions = self.residents.preemptions
-        chosen = self.residents.choose()
+        first = not self._outstanding
+        chosen = self.residents.choose() if self._in_flight == 1 else self._ahead.choose(first=first)
         self._settled = preemptions == self.residents.preemptions
         if not chosen:
-            return []
-        for sequence, _ in chosen:
+            return None
+        self.count = number = self.count + 1
+        items = () if self._terse else tuple([self.residents.item(s, n) for s, n in chosen])
+        parts = []
+        for sequence, count in chosen:
             if sequence.started_at is None:
                 sequence.started_at = now
-        self.count += 1
-        items = () if self._terse else tuple(self.residents.item(s, n) for s, n in chosen)
-        self._planned = [Planned(s, n, s.computed + n == len(s.tokens)) for s, n in chosen]
-        self._step = StepPlan(self.count, items)
+            sequence.last_step = number
+            sequence.ahead += count
+            sample = sequence.planned == len(sequence.tokens) + sequence.unknown
+            sequence.unknown += sample
+            parts.append(Planned(sequence, count, sample))
+        self._outstanding.append(Outstanding(number, parts))
         self._left = -1
-        self.residents.begin_step([s for s, _ in chosen])
-        return [RunStep(self._step)]
+        return StepPlan(number, items)
+
+    def _answered(self, number: int) -> Outstanding | None:
+        """The oldest step, which is no more outstanding, if it is the one of this number."""
+        if not self._outstanding or number != self._outstanding[0].number:
+            self.ignored += 1
+            return None
+        self.residents.end_step(number)
+        return self._outstanding.popleft()
 
     def done(self, event: StepDone, now: float) -> list[Effect]:
-        if self._step is None or event.number != self._step.number:
-            self.ignored += 1
+        step = self._answered(event.number)
+        if step is None or step.void:
             return []
-        planned, self._planned, self._step = self._planned, [], None
-        self.residents.end_step()
         tokens = dict(event.tokens)
         outputs: dict[GatewayRef, list[SequenceOutput]] = {}
         after: list[Effect] = []
-        for part in planned:
+        for part in step.parts:
             sequence = part.sequence
             if sequence.phase is Phase.ENDED:
                 continue
             sequence.computed += part.count
+            sequence.ahead -= part.count
+            sequence.unknown -= part.sample
             if not part.sample:
                 after += self.departures.pump(sequence, now)
             elif (token := tokens.get(sequence.id)) is None:
@@ -171,19 +212,19 @@ class Steps:
         An event other than their ``StepDone`` makes the answer void.
         """
         residents = self.residents
-        if self._step is None or residents.zombies:
+        if not self._outstanding or self._in_flight > 1 or residents.zombies:
             return 0
         if self._left < 0:
             self._left = self._steps_left()
         if self._left < 2:
             return self._left
-        alone = self._settled and len(self._planned) == len(residents.running)
+        alone = self._settled and len(self._outstanding[0].parts) == len(residents.running)
         return self._within_pool(self._left) if alone else 1
 
     def _steps_left(self) -> int:
         """Until the first of the outstanding step's sequences ends by length; 0 unless all of them decode."""
         left = 0
-        for part in self._planned:
+        for part in self._outstanding[0].parts:
             sequence = part.sequence
             if not sequence.decoding:
                 return 0
@@ -195,9 +236,10 @@ class Steps:
     def _within_pool(self, steps: int) -> int:
         """The most of ``steps`` for which the pool holds the blocks that the batch grows into."""
         block, available = self.residents.spec.block_size, self.residents.ledger.available
-        if len(self._planned) * (steps // block + 1) <= available:
+        parts = self._outstanding[0].parts
+        if len(parts) * (steps // block + 1) <= available:
             return steps
-        phases = [part.sequence.computed % block for part in self._planned]
+        phases = [part.sequence.computed % block for part in parts]
         low, high = 1, steps
         while low < high:
             middle = (low + high + 1) // 2
@@ -217,17 +259,20 @@ class Steps:
         none, and reads the tokens off the ended sequences. While fewer steps are taken than are alike, the next one is
         outstanding at once, unchanged, without an effect.
         """
-        planned = self._planned
+        step = self._outstanding[0]
+        planned = step.parts
         goes_on = steps < self.alike()
         self._grow_through(planned, steps + 1 if goes_on else steps)
         if goes_on:
             self._left -= steps
             self.count += steps
-            self._step = StepPlan(self.count, ())
+            step.number = self.count
         else:
             self.count += steps - 1
-            self._planned, self._step = [], None
-            self.residents.end_step()
+            self._outstanding.clear()
+            self.residents.end_step(self.count)
+            for part in planned:
+                part.sequence.ahead = part.sequence.unknown = 0
         self._append(planned, steps, token, first_done)
         if goes_on:
             return [], []
@@ -264,20 +309,21 @@ class Steps:
             if not self.residents.ledger.grow(sequence.owner, sequence.computed + k + 1):
                 raise AssertionError(f"{sequence.id}: {steps} steps were said to fit the pool, step {k + 1} does not")
 
+    # ── steps that did not end ───────────────────────────────────────────────────────────────────────────────────────
+
     def failed(self, event: StepFailed) -> list[Effect]:
         """No token of the step exists: every sequence in it is given up to its gateway, to be tried elsewhere."""
-        if self._step is None or event.number != self._step.number:
-            self.ignored += 1
+        step = self._answered(event.number)
+        if step is None or step.void:
             return []
-        planned, self._planned, self._step = self._planned, [], None
-        self.residents.end_step()
         effects: list[Effect] = []
-        for part in planned:
+        for part in step.parts:
             sequence = part.sequence
             if sequence.phase is not Phase.ENDED:
                 effects += self.departures.end_for(sequence, "step failed")
                 message = f"a forward pass on {self.me} failed: {event.message}"
                 effects += self.residents.fail(sequence, Code.INTERNAL, message, retriable=True, culprit=self.me)
+        self._void()
         return effects
 
     def abandoned(self, event: StepAbandoned) -> list[Effect]:
@@ -285,9 +331,19 @@ class Steps:
 
         What the step may have written lies past every ``computed``, where nobody reads it and the next step writes.
         """
-        if self._step is None or event.number != self._step.number:
-            self.ignored += 1
-            return []
-        self._planned, self._step = [], None
-        self.residents.end_step()
+        step = self._answered(event.number)
+        if step is not None and not step.void:
+            self._take_back(step)
+            self._void()
         return []
+
+    def _void(self) -> None:
+        """A step did not end. Those behind it do not count: they would have gone on from what it did not make."""
+        for step in self._outstanding:
+            step.void = True
+            self._take_back(step)
+
+    def _take_back(self, step: Outstanding) -> None:
+        """As if the step had not been planned; its sequences' blocks are still written until it is answered."""
+        for part in step.parts:
+            part.sequence.ahead = part.sequence.unknown = 0

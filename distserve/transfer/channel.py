@@ -33,6 +33,8 @@ class Channel:
         self._sock = sock
         self._send_s = send_s
         self._buffer = bytearray()
+        self._shut = socket.SHUT_RDWR  # what an interruption does to the socket
+        self._interrupted = False
         _make_prompt(sock)
 
     @property
@@ -47,6 +49,7 @@ class Channel:
     def send(self, frame: pb.TransferFrame) -> None:
         """Send a frame; PeerGone or Stalled if it cannot be."""
         data = frame.SerializeToString()
+        self._check()
         try:
             self._sock.settimeout(self._send_s)
             self._sock.sendall(_PREFIX.pack(len(data), len(data) ^ _COMPLEMENT, _digest(data)) + data)
@@ -80,12 +83,23 @@ class Channel:
 
     def interrupt(self) -> None:
         """Break the connection and wake whoever waits here. From any thread, at any time, any number of times."""
+        self._interrupted = True  # for a socket that is shut for reading still gives what comes
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(self._shut)
+
+    def end_by_closing(self) -> None:
+        """From now on only ``close``, or our death, ends the connection for the peer: it takes that for word that we
+        hold nothing of its any more. ``interrupt`` still wakes whoever waits here."""
+        self._shut = socket.SHUT_RD
+
+    def watch(self) -> socket.socket:
+        """The same connection once more, for the caller to own: to ask later whether the peer has closed it."""
+        return self._sock.dup()
 
     def close(self) -> None:
         """Release the socket. Only from the thread that reads and writes, or when there is none any more."""
-        self.interrupt()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
     def _parse(self) -> pb.TransferFrame | None:
@@ -134,7 +148,12 @@ class Channel:
         self._take(data)
         return True
 
+    def _check(self) -> None:
+        if self._interrupted:
+            raise PeerGone("the connection was broken off here")
+
     def _take(self, data: bytes) -> None:
+        self._check()
         if not data:
             raise PeerGone("the peer closed the connection")
         self._buffer += data

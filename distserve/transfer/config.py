@@ -33,8 +33,9 @@ class TransferConfig:
     shm_piece_bytes: int = 1536 << 10  # payload of a piece, about: whole blocks, or whole rows of a larger block
     shm_slots: int = 4  # pieces in flight over shared memory; few, so that they stay in the cache
     gloo_piece_bytes: int = 768 << 10  # as above, over gloo; small: gathered, then sent out of the cache
-    nccl_piece_bytes: int = 3 << 20
-    group_slots: int = 4  # pieces in flight over either
+    group_slots: int = 4  # pieces in flight over gloo
+    device_piece_bytes: int = 32 << 20  # over CUDA IPC or NCCL; large, for each costs launches and waits on both sides
+    device_slots: int = 3  # of a GPU's memory at either end, outside of the pool
     checksum: bool = True  # off only to measure what it costs: a destination that has it on takes no stage without
     handshake_s: float = 15.0  # to dial, agree and open a lane; where no name server answers, 5 s are lost
     stall_s: float = 5.0  # without progress within a stage: the link is dropped

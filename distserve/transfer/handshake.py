@@ -8,63 +8,34 @@ here.
 from __future__ import annotations
 
 import contextlib
-import secrets
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-
-import torch
 
 from distserve.core.types import InstanceRef, Ticket
-from distserve.kv.shard import KvCut, KvPart, Parallel, Route
+from distserve.kv.shard import KvPart, Parallel, Route
 from distserve.transfer.channel import Channel
 from distserve.transfer.config import TransferConfig
-from distserve.transfer.errors import Garbled, LaneFailed, NoTicket, PeerGone, Refused, TransferError, refusal_of
-from distserve.transfer.group import GroupLane, join_store, open_store
+from distserve.transfer.device_memory import gpu_of
+from distserve.transfer.errors import Garbled, NoTicket, PeerGone, Refused, refusal_of
+from distserve.transfer.identity import KINDS, WIRE, Identity, LaneKind
 from distserve.transfer.lane import Lane
 from distserve.transfer.layout import MAX_SLOT_BYTES, Layout
+from distserve.transfer.offers import make_offer, proposal, take_offer
 from distserve.transfer.parts import common_part, rank_to_wire
 from distserve.transfer.pledge import demand, keep, sign
-from distserve.transfer.shm import Segment, ShmLane, host_identity
+from distserve.transfer.shm import host_identity
 from distserve.transfer.stage import ref_from_wire, ref_to_wire
 from distserve.v1 import transfer_pb2 as pb
 
 VERSION = 2
 MAX_SLOTS = 256
-_HOST = torch.device("cpu")
-
-
-class LaneKind(StrEnum):
-    """How payload travels; ``AUTO`` lets the pair choose."""
-
-    AUTO = "auto"
-    SHM = "shm"
-    GLOO = "gloo"
-    NCCL = "nccl"
-
-
-_WIRE: dict[LaneKind, pb.TransferLaneKind] = {
-    LaneKind.AUTO: pb.TRANSFER_LANE_KIND_AUTO,
-    LaneKind.SHM: pb.TRANSFER_LANE_KIND_SHM,
-    LaneKind.GLOO: pb.TRANSFER_LANE_KIND_GLOO,
-    LaneKind.NCCL: pb.TRANSFER_LANE_KIND_NCCL,
+_NEEDS = {
+    LaneKind.SHM: "run on one host",
+    LaneKind.NCCL: "keep their KV on two GPUs",
+    LaneKind.IPC: "run on one host and both keep their KV on GPUs",
 }
-_KINDS = {wire: kind for kind, wire in _WIRE.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What one end says of itself."""
-
-    ref: InstanceRef
-    fingerprint: str
-    layout: Layout  # of the whole instance
-    kind: LaneKind
-    device: torch.device  # of the pool
-    cut: KvCut
-    rank: int
 
 
 @dataclass(slots=True)
@@ -82,6 +53,8 @@ class Link:
 
     def close(self) -> None:
         """Release socket and lane."""
+        if self.kind is LaneKind.IPC:  # the closed socket says that its memory is mapped here no more
+            self.lane.close()
         self.channel.close()
         self.lane.close()
 
@@ -127,7 +100,7 @@ def dial(
         keep(channel, hello, ticket, config.keys, deadline)
         offer = _expect_offer(channel, deadline)
         while True:
-            lane = _take_offer(me, channel, offer, host, config)
+            lane = take_offer(me, channel, offer, host, config)
             if isinstance(lane, str):
                 answer = pb.TransferAnswer(reason=lane)
             else:
@@ -140,7 +113,7 @@ def dial(
                 return Link(
                     channel,
                     lane,
-                    _KINDS[offer.kind],
+                    KINDS[offer.kind],
                     destination,
                     route.part,
                     me.layout.of_part(route.part),
@@ -166,10 +139,11 @@ def _hello(me: Identity, destination: InstanceRef, generation: int) -> pb.Transf
             dtype=shape.dtype,
             block_size=shape.block_size,
         ),
-        kind=_WIRE[me.kind],
+        kind=WIRE[me.kind],
         generation=generation,
         host=host_identity(),
         cuda=me.device.type == "cuda",
+        gpu=gpu_of(me.device),
         source_rank=rank_to_wire(me.cut.parallel, me.rank),
     )
 
@@ -189,34 +163,9 @@ def _expect_offer(channel: Channel, deadline: float) -> pb.TransferOffer:
 
 
 def _checked_offer(offer: pb.TransferOffer) -> pb.TransferOffer:
-    if offer.kind not in _KINDS or not 1 <= offer.slots <= MAX_SLOTS or not 1 <= offer.slot_bytes <= MAX_SLOT_BYTES:
+    if offer.kind not in KINDS or not 1 <= offer.slots <= MAX_SLOTS or not 1 <= offer.slot_bytes <= MAX_SLOT_BYTES:
         raise Garbled("the peer offered a lane that cannot be")
     return offer
-
-
-def _take_offer(
-    me: Identity, channel: Channel, offer: pb.TransferOffer, host: str, config: TransferConfig
-) -> Lane | str:
-    """Open the offered lane at this end, or say why not."""
-    try:
-        if not me.layout.row_bytes <= offer.slice_bytes <= offer.slot_bytes:
-            return "a slice of the offered lane holds less than a row, or more than a slot"
-        if offer.HasField("segment"):
-            segment = Segment.attach(offer.segment.locator, offer.segment.proof, offer.slots, offer.slot_bytes)
-            return ShmLane(segment, offer.slots, offer.slot_bytes)
-        store = join_store(host, offer.group.port, config.handshake_s)
-        return GroupLane.open(
-            store,
-            offer.group.prefix,
-            is_source=True,
-            interface=channel.local_host,
-            slots=offer.slots,
-            slot_bytes=offer.slot_bytes,
-            device=me.device if offer.kind == pb.TRANSFER_LANE_KIND_NCCL else _HOST,
-            timeout_s=config.handshake_s,
-        )
-    except LaneFailed as error:
-        return str(error)
 
 
 # ── the destination's side ───────────────────────────────────────────────────────────────────────────────────────────
@@ -252,11 +201,8 @@ def _agree(me: Identity, channel: Channel, config: TransferConfig, ticket_of: Ca
     layout = whole.of_part(part)
     why = ""
     for kind in kinds:
-        offer = _proposal(kind, layout, config)
-        if kind is LaneKind.SHM:
-            lane = _offer_segment(channel, offer, deadline)
-        else:
-            lane = _offer_group(me, channel, hello, offer, config, deadline)
+        offer = proposal(kind, layout, config)
+        lane = make_offer(me, channel, hello, offer, config, deadline)
         if not isinstance(lane, str):
             with contextlib.ExitStack() as undo:
                 undo.callback(lane.close)
@@ -297,105 +243,23 @@ def _checked_hello(me: Identity, hello: pb.TransferHello) -> Layout:
 def _candidates(me: Identity, hello: pb.TransferHello) -> list[LaneKind]:
     """The lanes worth trying between the two, best first; Refused when a forced one cannot be."""
     source = ref_from_wire(hello.source)
-    theirs = _KINDS.get(hello.kind, LaneKind.AUTO)
+    theirs = KINDS.get(hello.kind, LaneKind.AUTO)
     forced = {theirs, me.kind} - {LaneKind.AUTO}
     if len(forced) > 1:
         raise Refused(f"{source} was told to use {theirs} and {me.ref} to use {me.kind}; tell both the same")
     same_host = hello.host == host_identity()
     both_cuda = hello.cuda and me.device.type == "cuda"
-    possible = [LaneKind.NCCL] * both_cuda + [LaneKind.SHM] * same_host + [LaneKind.GLOO]
+    gpu = gpu_of(me.device)
+    ipc, one_gpu = same_host and bool(gpu and hello.gpu), same_host and bool(gpu) and gpu == hello.gpu
+    possible = [LaneKind.IPC] * ipc + [LaneKind.NCCL] * (both_cuda and not one_gpu)
+    possible += [LaneKind.SHM] * same_host + [LaneKind.GLOO]
     if not forced:
         return possible
     if forced <= set(possible):
         return [*forced]
     kind = next(iter(forced))
-    need = "run on one host" if kind is LaneKind.SHM else "both keep their KV on GPUs"
+    need = _NEEDS[kind]
     raise Refused(f"{source} and {me.ref} were told to use {kind}, for which they must {need}; use auto or gloo")
-
-
-def _proposal(kind: LaneKind, layout: Layout, config: TransferConfig) -> pb.TransferOffer:
-    """The offer of a lane of this kind, but for where it is."""
-    piece_bytes, slots = {
-        LaneKind.SHM: (config.shm_piece_bytes, config.shm_slots),
-        LaneKind.GLOO: (config.gloo_piece_bytes, config.group_slots),
-        LaneKind.NCCL: (config.nccl_piece_bytes, config.group_slots),
-    }[kind]
-    slot_bytes = layout.slot_bytes(piece_bytes)
-    return pb.TransferOffer(
-        kind=_WIRE[kind],
-        slots=slots,
-        slot_bytes=slot_bytes,
-        slice_bytes=min(slot_bytes, max(layout.row_bytes, config.slice_bytes)),
-    )
-
-
-def _offer_segment(channel: Channel, offer: pb.TransferOffer, deadline: float) -> Lane | str:
-    """Propose shared memory and open it at this end, or say why it did not open."""
-    try:
-        segment = Segment.create(offer.slots, offer.slot_bytes)
-    except OSError as error:
-        return f"no shared memory to be had: {error.strerror}"
-    with contextlib.ExitStack() as undo:
-        undo.callback(segment.close)
-        offer.segment.locator = segment.locator
-        offer.segment.proof = segment.proof
-        channel.send(pb.TransferFrame(offer=offer))
-        answer = _answer(channel, deadline)
-        if not answer.ok:
-            return answer.reason
-        segment.mapped_by_both()
-        undo.pop_all()
-        return ShmLane(segment, offer.slots, offer.slot_bytes)
-
-
-def _offer_group(
-    me: Identity,
-    channel: Channel,
-    hello: pb.TransferHello,
-    offer: pb.TransferOffer,
-    config: TransferConfig,
-    deadline: float,
-) -> Lane | str:
-    """Propose a process group and join it at this end, or say why it did not come to be."""
-    try:
-        store, port = open_store(channel.local_host, config.handshake_s)
-    except (OSError, RuntimeError) as error:
-        return f"no store for a process group: {error}"
-    source = ref_from_wire(hello.source)
-    offer.group.port = port
-    offer.group.prefix = f"distserve/{source}/{me.ref}/{hello.generation}/{secrets.token_hex(8)}"
-    channel.send(pb.TransferFrame(offer=offer))
-    lane: Lane | str
-    try:
-        lane = GroupLane.open(
-            store,
-            offer.group.prefix,
-            is_source=False,
-            interface=channel.local_host,
-            slots=offer.slots,
-            slot_bytes=offer.slot_bytes,
-            device=me.device if offer.kind == pb.TRANSFER_LANE_KIND_NCCL else _HOST,
-            timeout_s=max(0.001, deadline - time.monotonic()),
-        )
-    except LaneFailed as error:
-        lane = str(error)
-    try:
-        answer = _answer(channel, deadline)
-    except TransferError:
-        if not isinstance(lane, str):
-            lane.close()
-        raise
-    if answer.ok or isinstance(lane, str):
-        return lane
-    lane.close()
-    return answer.reason
-
-
-def _answer(channel: Channel, deadline: float) -> pb.TransferAnswer:
-    frame = channel.receive(max(0.001, deadline - time.monotonic()))
-    if not frame.HasField("answer"):
-        raise Garbled("an answer was expected in the handshake")
-    return frame.answer
 
 
 def split_address(address: str) -> tuple[str, int]:

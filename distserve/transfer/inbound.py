@@ -21,13 +21,16 @@ from distserve.transfer.counts import Counts
 from distserve.transfer.errors import Garbled, TransferError
 from distserve.transfer.events import MoverEvent, Reason, StageCorrupt, StageStored
 from distserve.transfer.grants import Grant, Grants
-from distserve.transfer.handshake import Identity, Link, accept
+from distserve.transfer.handshake import Link, accept
+from distserve.transfer.identity import Identity
 from distserve.transfer.layout import Slice, cut
+from distserve.transfer.pinned import PinnedSlots
 from distserve.transfer.stage import StageHead
 from distserve.v1 import transfer_pb2 as pb
 from distserve_kernels.checksum import Bytes
 from distserve_kernels.cores import keep_to
 from distserve_kernels.kv_part import PagedPart, StagedSlice
+from distserve_kernels.streams import own_stream
 
 
 @dataclass(slots=True)
@@ -100,6 +103,13 @@ class Inbound:
     def _run(self) -> None:
         keep_to(self._config.cores)
         try:
+            with own_stream(self._me.device):
+                self._accept()
+        finally:
+            self._ended(self)
+
+    def _accept(self) -> None:
+        try:
             link = accept(self._me, self._sock, self._config, self._grants.ticket)
         except TransferError as error:
             self._counts.add(f"handshakes_{error.reason}")
@@ -107,13 +117,12 @@ class Inbound:
             self.peer = link.peer
             self._counts.add(f"links_in_{link.kind}")
             self._serve(link)
-        finally:
-            self._ended(self)
 
     def _serve(self, link: Link) -> None:
         """Handle frames until the link ends: all that have come, then one piece, so that the next are on their way."""
         self._window = self._window_of(link.part)
         self._staged = [self._window.staging(slot) for slot in link.lane.slots]
+        pinned = PinnedSlots(link.lane.slots, self._me.device)
         try:
             while True:
                 if not self._announced:
@@ -128,6 +137,7 @@ class Inbound:
                 self._corrupt(self._arriving, str(error))
         finally:
             self._staged = []
+            pinned.release()
             link.close()
 
     def _handle(self, link: Link, frame: pb.TransferFrame) -> None:

@@ -6,7 +6,11 @@ for one piece (about a millisecond) at most. What comes of a stage is reported, 
 MoverEvent. It decides nothing: which stage to send, whether to try again and what an event means is the instance's
 concern.
 
-Threads: one that accepts, one for each link that comes in, one for each rank that something was sent to lately.
+Threads: one that accepts, one for each link that comes in, one for each rank that something was sent to lately. Where
+KV is on a GPU each of them has a CUDA stream of its own. Who waits for whom there:
+- gather after the step that writes: ``send_stage`` is called when the device has finished it (``Engine.wait`` says so).
+- scatter before the first step that reads: it is done on the device before StageStored is reported.
+- a block given to another: gather and scatter are done on the device before the lock is left that a fence takes.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from distserve.transfer.counts import Counts
 from distserve.transfer.errors import PeerGone
 from distserve.transfer.events import MoverEvent, Reason, StageFailed
 from distserve.transfer.grants import Grants
-from distserve.transfer.handshake import Identity, LaneKind
+from distserve.transfer.identity import Identity, LaneKind
 from distserve.transfer.inbound import Inbound
 from distserve.transfer.layout import Layout
 from distserve.transfer.outbound import Outbound
@@ -39,10 +43,11 @@ from distserve.transfer.tally import SendTally
 from distserve_kernels.kv_copy import PagedBytes
 from distserve_kernels.kv_part import PagedPart
 from distserve_kernels.kv_window import PagedWindow
+from distserve_kernels.streams import own_stream
 
 
 class Mover:
-    """See the module. ``kind`` is "auto", "shm", "gloo" or "nccl"; a kind that cannot be here is a ValueError.
+    """See the module. ``kind`` is "auto", "shm", "gloo", "nccl" or "ipc"; a kind that cannot be here is a ValueError.
 
     ``pool`` is the instance's KV, ``[num_blocks, layers, 2, kv_heads, block_size, head_dim]``; where it is cut over
     ranks, that of ``rank`` under ``cut``, and a stage is this rank's part of it. ``report`` is called from the mover's
@@ -75,6 +80,8 @@ class Mover:
         self._me = Identity(me, fingerprint, whole, _checked_kind(kind, pool), pool.device, cut, rank)
         self._tensor = pool
         self._pool = PagedBytes(pool, native)
+        with own_stream(pool.device):
+            self._pool.warm()
         self._report = report
         self._counts = Counts()
         self._grants = Grants(self._pool, self._part)
@@ -121,7 +128,8 @@ class Mover:
     def send_stage(
         self, ticket: Ticket, destination_address: str, start: int, end: int, blocks: tuple[int, ...], final: bool
     ) -> None:
-        """Queue tokens ``[start, end)``, all of whose KV is final. ``blocks`` is this instance's table from position 0.
+        """Queue tokens ``[start, end)``, all of whose KV is final; on a GPU, what wrote it is done there. ``blocks`` is
+        this instance's table from position 0.
 
         Stages to one instance are sent in order. Ends in exactly one StageSent or StageFailed, unless aborted. The
         blocks must stay as they are until then, or until ``abort_send`` has returned. ValueError if they do not cover
@@ -259,9 +267,10 @@ class Mover:
 def _checked_kind(kind: str, pool: Tensor) -> LaneKind:
     if kind not in [*LaneKind]:
         raise ValueError(f"transfer kind {kind!r} is unknown; use one of {', '.join(LaneKind)}")
-    if kind == LaneKind.NCCL and not pool.is_cuda:
-        raise ValueError("transfer kind nccl moves KV between GPUs, but this instance's KV is in host memory; use auto")
-    return LaneKind(kind)
+    found = LaneKind(kind)
+    if found.on_device and not pool.is_cuda:
+        raise ValueError(f"transfer kind {kind} moves KV between GPUs, but this instance's is in host memory; use auto")
+    return found
 
 
 def _listen(config: TransferConfig) -> socket.socket:

@@ -20,10 +20,12 @@ from distserve.transfer.config import TransferConfig
 from distserve.transfer.counts import Counts
 from distserve.transfer.errors import NoTicket, TransferError
 from distserve.transfer.events import MoverEvent, Reason, StageFailed, StageSent
-from distserve.transfer.handshake import Identity, dial
+from distserve.transfer.handshake import dial
+from distserve.transfer.identity import Identity
 from distserve.transfer.sender import Aborted, Ended, Sender, Stage
 from distserve_kernels.cores import keep_to
 from distserve_kernels.kv_part import PagedPart
+from distserve_kernels.streams import own_stream
 
 
 class Outbound:
@@ -80,6 +82,10 @@ class Outbound:
 
     def _run(self) -> None:
         keep_to(self._config.cores)
+        with own_stream(self._me.device):
+            self._send_all()
+
+    def _send_all(self) -> None:
         sender: Sender | None = None
         while True:
             stage = self._next()

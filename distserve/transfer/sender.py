@@ -18,6 +18,7 @@ from distserve.transfer.errors import Garbled, Stalled
 from distserve.transfer.events import Reason
 from distserve.transfer.handshake import Link
 from distserve.transfer.layout import Slice, cut, pieces
+from distserve.transfer.pinned import PinnedSlots
 from distserve.transfer.stage import StageHead
 from distserve.v1 import transfer_pb2 as pb
 from distserve_kernels.checksum import Bytes
@@ -72,6 +73,7 @@ class Sender:
         self._pool = pool
         self._config = config
         self._staged: list[Bytes] = [pool.staging(slot) for slot in link.lane.slots]
+        self._pinned = PinnedSlots(link.lane.slots, pool.device)
         self._stages = 0
         self._pushed = 0  # pieces since the link began
         self._consumed = 0  # of these, how many the destination is done with
@@ -111,6 +113,7 @@ class Sender:
 
     def close(self) -> None:
         self._staged = []
+        self._pinned.release()
         self.link.close()
 
     def _send_piece(self, stage: Stage, first: int, slices: list[Slice], seed: int) -> int:

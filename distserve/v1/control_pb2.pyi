@@ -188,16 +188,18 @@ class MembersChanged(_message.Message):
     def __init__(self, version: _Optional[int] = ..., members: _Optional[_Iterable[_Union[_core_pb2.Member, _Mapping]]] = ..., lost: _Optional[_Iterable[_Union[_core_pb2.InstanceRef, _Mapping]]] = ...) -> None: ...
 
 class Dispatched(_message.Message):
-    __slots__ = ("request_id", "epoch", "prefill", "decode")
+    __slots__ = ("request_id", "epoch", "prefill", "decode", "placement")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     prefill: _core_pb2.Endpoint
     decode: _core_pb2.Endpoint
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., prefill: _Optional[_Union[_core_pb2.Endpoint, _Mapping]] = ..., decode: _Optional[_Union[_core_pb2.Endpoint, _Mapping]] = ...) -> None: ...
+    placement: _core_pb2.Placement
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., prefill: _Optional[_Union[_core_pb2.Endpoint, _Mapping]] = ..., decode: _Optional[_Union[_core_pb2.Endpoint, _Mapping]] = ..., placement: _Optional[_Union[_core_pb2.Placement, str]] = ...) -> None: ...
 
 class DispatchRefused(_message.Message):
     __slots__ = ("request_id", "epoch", "code", "message", "retry_after_s")

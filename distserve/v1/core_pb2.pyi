@@ -14,6 +14,14 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_DECODE: _ClassVar[Role]
     ROLE_MIXED: _ClassVar[Role]
 
+class Placement(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PLACEMENT_UNSPECIFIED: _ClassVar[Placement]
+    PLACEMENT_DISAGGREGATED: _ClassVar[Placement]
+    PLACEMENT_COLOCATED: _ClassVar[Placement]
+    PLACEMENT_LOCAL: _ClassVar[Placement]
+    PLACEMENT_OVERFLOW: _ClassVar[Placement]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -39,6 +47,11 @@ ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
 ROLE_MIXED: Role
+PLACEMENT_UNSPECIFIED: Placement
+PLACEMENT_DISAGGREGATED: Placement
+PLACEMENT_COLOCATED: Placement
+PLACEMENT_LOCAL: Placement
+PLACEMENT_OVERFLOW: Placement
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason

@@ -38,7 +38,7 @@ class RankHello(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., proof: _Optional[bytes] = ..., version: _Optional[str] = ...) -> None: ...
 
 class RankWelcome(_message.Message):
-    __slots__ = ("instance", "tp", "pp", "model", "dtype", "device", "threads", "pool_blocks", "block_size", "max_model_len", "transfer", "timeout_s", "log_level", "data_keys", "data_port", "kv_dtype")
+    __slots__ = ("instance", "tp", "pp", "model", "dtype", "device", "threads", "pool_blocks", "block_size", "max_model_len", "transfer", "timeout_s", "log_level", "data_keys", "data_port", "kv_dtype", "kernels", "cuda_graphs", "cores")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     TP_FIELD_NUMBER: _ClassVar[int]
     PP_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,9 @@ class RankWelcome(_message.Message):
     DATA_KEYS_FIELD_NUMBER: _ClassVar[int]
     DATA_PORT_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
+    CUDA_GRAPHS_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
     instance: _core_pb2.InstanceRef
     tp: int
     pp: int
@@ -71,7 +74,10 @@ class RankWelcome(_message.Message):
     data_keys: _containers.RepeatedScalarFieldContainer[bytes]
     data_port: int
     kv_dtype: str
-    def __init__(self, instance: _Optional[_Union[_core_pb2.InstanceRef, _Mapping]] = ..., tp: _Optional[int] = ..., pp: _Optional[int] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., pool_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., transfer: _Optional[str] = ..., timeout_s: _Optional[float] = ..., log_level: _Optional[str] = ..., data_keys: _Optional[_Iterable[bytes]] = ..., data_port: _Optional[int] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    kernels: str
+    cuda_graphs: str
+    cores: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, instance: _Optional[_Union[_core_pb2.InstanceRef, _Mapping]] = ..., tp: _Optional[int] = ..., pp: _Optional[int] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., pool_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., transfer: _Optional[str] = ..., timeout_s: _Optional[float] = ..., log_level: _Optional[str] = ..., data_keys: _Optional[_Iterable[bytes]] = ..., data_port: _Optional[int] = ..., kv_dtype: _Optional[str] = ..., kernels: _Optional[str] = ..., cuda_graphs: _Optional[str] = ..., cores: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RankReady(_message.Message):
     __slots__ = ("data_address", "fingerprint", "weight_bytes", "pool_bytes", "load_s")

@@ -24,49 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64istserve/v1/transfer.proto\x12\x0c\x64istserve.v1\"/\n\x0cTransferPeer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"g\n\x0eTransferLayout\x12\x0e\n\x06layers\x18\x01 \x01(\x05\x12\x10\n\x08kv_heads\x18\x02 \x01(\x05\x12\x10\n\x08head_dim\x18\x03 \x01(\x05\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\x05\"\xb4\x03\n\rTransferHello\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.distserve.v1.TransferPeer\x12/\n\x0b\x64\x65stination\x18\x03 \x01(\x0b\x32\x1a.distserve.v1.TransferPeer\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12,\n\x06layout\x18\x05 \x01(\x0b\x32\x1c.distserve.v1.TransferLayout\x12,\n\x04kind\x18\x06 \x01(\x0e\x32\x1e.distserve.v1.TransferLaneKind\x12\x12\n\ngeneration\x18\x07 \x01(\x05\x12\x0c\n\x04host\x18\x08 \x01(\t\x12\x0c\n\x04\x63uda\x18\t \x01(\x08\x12/\n\x0bsource_rank\x18\n \x01(\x0b\x32\x1a.distserve.v1.TransferRank\x12\x34\n\x10\x64\x65stination_rank\x18\x0b \x01(\x0b\x32\x1a.distserve.v1.TransferRank\x12\x0f\n\x07move_id\x18\x0c \x01(\t\x12\r\n\x05nonce\x18\r \x01(\x0c\x12\r\n\x05proof\x18\x0e \x01(\x0c\"4\n\x0cTransferRank\x12\n\n\x02tp\x18\x01 \x01(\x05\x12\n\n\x02pp\x18\x02 \x01(\x05\x12\x0c\n\x04rank\x18\x03 \x01(\x05\"1\n\x11TransferChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\x1e\n\rTransferProof\x12\r\n\x05proof\x18\x01 \x01(\x0c\"\xdc\x01\n\rTransferOffer\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.distserve.v1.TransferLaneKind\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x12\n\nslot_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bslice_bytes\x18\x06 \x01(\x03\x12\x30\n\x07segment\x18\x04 \x01(\x0b\x32\x1d.distserve.v1.TransferSegmentH\x00\x12,\n\x05group\x18\x05 \x01(\x0b\x32\x1b.distserve.v1.TransferGroupH\x00\x42\x05\n\x03how\"1\n\x0fTransferSegment\x12\x0f\n\x07locator\x18\x01 \x01(\t\x12\r\n\x05proof\x18\x02 \x01(\x0c\"-\n\rTransferGroup\x12\x0c\n\x04port\x18\x01 \x01(\x05\x12\x0e\n\x06prefix\x18\x02 \x01(\t\",\n\x0eTransferAnswer\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rTransferReady\"1\n\x0fTransferRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x08\"\xbe\x02\n\x12TransferStageBegin\x12\r\n\x05stage\x18\x01 \x01(\x05\x12\x0f\n\x07move_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12*\n\x06source\x18\x05 \x01(\x0b\x32\x1a.distserve.v1.TransferPeer\x12/\n\x0b\x64\x65stination\x18\x06 \x01(\x0b\x32\x1a.distserve.v1.TransferPeer\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12\r\n\x05nonce\x18\x08 \x01(\x06\x12\r\n\x05start\x18\t \x01(\x03\x12\x0b\n\x03\x65nd\x18\n \x01(\x03\x12\x13\n\x0b\x66irst_token\x18\x0b \x01(\x03\x12\x12\n\nblock_size\x18\x0c \x01(\x05\x12\r\n\x05\x66inal\x18\r \x01(\x08\x12\x10\n\x08\x63hecksum\x18\x0e \x01(\x08\"P\n\rTransferPiece\x12\r\n\x05stage\x18\x01 \x01(\x05\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0e\n\x06nbytes\x18\x03 \x01(\x03\x12\x11\n\tchecksums\x18\x04 \x03(\x06\"#\n\x12TransferStageAbort\x12\r\n\x05stage\x18\x01 \x01(\x05\"\"\n\x10TransferConsumed\x12\x0e\n\x06pieces\x18\x01 \x01(\x03\"S\n\x10TransferStageEnd\x12\r\n\x05stage\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08\x63onsumed\x18\x04 \x01(\x03\"\xde\x04\n\rTransferFrame\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.distserve.v1.TransferHelloH\x00\x12,\n\x05offer\x18\x02 \x01(\x0b\x32\x1b.distserve.v1.TransferOfferH\x00\x12.\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x1c.distserve.v1.TransferAnswerH\x00\x12,\n\x05ready\x18\x04 \x01(\x0b\x32\x1b.distserve.v1.TransferReadyH\x00\x12\x30\n\x07refusal\x18\x05 \x01(\x0b\x32\x1d.distserve.v1.TransferRefusalH\x00\x12\x31\n\x05\x62\x65gin\x18\x06 \x01(\x0b\x32 .distserve.v1.TransferStageBeginH\x00\x12,\n\x05piece\x18\x07 \x01(\x0b\x32\x1b.distserve.v1.TransferPieceH\x00\x12\x31\n\x05\x61\x62ort\x18\x08 \x01(\x0b\x32 .distserve.v1.TransferStageAbortH\x00\x12\x32\n\x08\x63onsumed\x18\t \x01(\x0b\x32\x1e.distserve.v1.TransferConsumedH\x00\x12-\n\x03\x65nd\x18\n \x01(\x0b\x32\x1e.distserve.v1.TransferStageEndH\x00\x12\x34\n\tchallenge\x18\x0b \x01(\x0b\x32\x1f.distserve.v1.TransferChallengeH\x00\x12,\n\x05proof\x18\x0c \x01(\x0b\x32\x1b.distserve.v1.TransferProofH\x00\x42\x06\n\x04kind*\xa9\x01\n\x10TransferLaneKind\x12\"\n\x1eTRANSFER_LANE_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSFER_LANE_KIND_AUTO\x10\x01\x12\x1a\n\x16TRANSFER_LANE_KIND_SHM\x10\x02\x12\x1b\n\x17TRANSFER_LANE_KIND_GLOO\x10\x03\x12\x1b\n\x17TRANSFER_LANE_KIND_NCCL\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64istserve/v1/transfer.proto\x12\x0c\x64istserve.v1\"/\n\x0cTransferPeer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\"g\n\x0eTransferLayout\x12\x0e\n\x06layers\x18\x01 \x01(\x05\x12\x10\n\x08kv_heads\x18\x02 \x01(\x05\x12\x10\n\x08head_dim\x18\x03 \x01(\x05\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\x05\"\xc1\x03\n\rTransferHello\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.distserve.v1.TransferPeer\x12/\n\x0b\x64\x65stination\x18\x03 \x01(\x0b\x32\x1a.distserve.v1.TransferPeer\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12,\n\x06layout\x18\x05 \x01(\x0b\x32\x1c.distserve.v1.TransferLayout\x12,\n\x04kind\x18\x06 \x01(\x0e\x32\x1e.distserve.v1.TransferLaneKind\x12\x12\n\ngeneration\x18\x07 \x01(\x05\x12\x0c\n\x04host\x18\x08 \x01(\t\x12\x0c\n\x04\x63uda\x18\t \x01(\x08\x12/\n\x0bsource_rank\x18\n \x01(\x0b\x32\x1a.distserve.v1.TransferRank\x12\x34\n\x10\x64\x65stination_rank\x18\x0b \x01(\x0b\x32\x1a.distserve.v1.TransferRank\x12\x0f\n\x07move_id\x18\x0c \x01(\t\x12\r\n\x05nonce\x18\r \x01(\x0c\x12\r\n\x05proof\x18\x0e \x01(\x0c\x12\x0b\n\x03gpu\x18\x0f \x01(\t\"4\n\x0cTransferRank\x12\n\n\x02tp\x18\x01 \x01(\x05\x12\n\n\x02pp\x18\x02 \x01(\x05\x12\x0c\n\x04rank\x18\x03 \x01(\x05\"1\n\x11TransferChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"\x1e\n\rTransferProof\x12\r\n\x05proof\x18\x01 \x01(\x0c\"\x99\x02\n\rTransferOffer\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.distserve.v1.TransferLaneKind\x12\r\n\x05slots\x18\x02 \x01(\x05\x12\x12\n\nslot_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bslice_bytes\x18\x06 \x01(\x03\x12\x30\n\x07segment\x18\x04 \x01(\x0b\x32\x1d.distserve.v1.TransferSegmentH\x00\x12,\n\x05group\x18\x05 \x01(\x0b\x32\x1b.distserve.v1.TransferGroupH\x00\x12;\n\rdevice_memory\x18\x07 \x01(\x0b\x32\".distserve.v1.TransferDeviceMemoryH\x00\x42\x05\n\x03how\"1\n\x0fTransferSegment\x12\x0f\n\x07locator\x18\x01 \x01(\t\x12\r\n\x05proof\x18\x02 \x01(\x0c\"5\n\x14TransferDeviceMemory\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\r\n\x05proof\x18\x02 \x01(\x0c\"-\n\rTransferGroup\x12\x0c\n\x04port\x18\x01 \x01(\x05\x12\x0e\n\x06prefix\x18\x02 \x01(\t\",\n\x0eTransferAnswer\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rTransferReady\"1\n\x0fTransferRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x08\"\xbe\x02\n\x12TransferStageBegin\x12\r\n\x05stage\x18\x01 \x01(\x05\x12\x0f\n\x07move_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12*\n\x06source\x18\x05 \x01(\x0b\x32\x1a.distserve.v1.TransferPeer\x12/\n\x0b\x64\x65stination\x18\x06 \x01(\x0b\x32\x1a.distserve.v1.TransferPeer\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12\r\n\x05nonce\x18\x08 \x01(\x06\x12\r\n\x05start\x18\t \x01(\x03\x12\x0b\n\x03\x65nd\x18\n \x01(\x03\x12\x13\n\x0b\x66irst_token\x18\x0b \x01(\x03\x12\x12\n\nblock_size\x18\x0c \x01(\x05\x12\r\n\x05\x66inal\x18\r \x01(\x08\x12\x10\n\x08\x63hecksum\x18\x0e \x01(\x08\"P\n\rTransferPiece\x12\r\n\x05stage\x18\x01 \x01(\x05\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0e\n\x06nbytes\x18\x03 \x01(\x03\x12\x11\n\tchecksums\x18\x04 \x03(\x06\"#\n\x12TransferStageAbort\x12\r\n\x05stage\x18\x01 \x01(\x05\"\"\n\x10TransferConsumed\x12\x0e\n\x06pieces\x18\x01 \x01(\x03\"S\n\x10TransferStageEnd\x12\r\n\x05stage\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08\x63onsumed\x18\x04 \x01(\x03\"\xde\x04\n\rTransferFrame\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.distserve.v1.TransferHelloH\x00\x12,\n\x05offer\x18\x02 \x01(\x0b\x32\x1b.distserve.v1.TransferOfferH\x00\x12.\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x1c.distserve.v1.TransferAnswerH\x00\x12,\n\x05ready\x18\x04 \x01(\x0b\x32\x1b.distserve.v1.TransferReadyH\x00\x12\x30\n\x07refusal\x18\x05 \x01(\x0b\x32\x1d.distserve.v1.TransferRefusalH\x00\x12\x31\n\x05\x62\x65gin\x18\x06 \x01(\x0b\x32 .distserve.v1.TransferStageBeginH\x00\x12,\n\x05piece\x18\x07 \x01(\x0b\x32\x1b.distserve.v1.TransferPieceH\x00\x12\x31\n\x05\x61\x62ort\x18\x08 \x01(\x0b\x32 .distserve.v1.TransferStageAbortH\x00\x12\x32\n\x08\x63onsumed\x18\t \x01(\x0b\x32\x1e.distserve.v1.TransferConsumedH\x00\x12-\n\x03\x65nd\x18\n \x01(\x0b\x32\x1e.distserve.v1.TransferStageEndH\x00\x12\x34\n\tchallenge\x18\x0b \x01(\x0b\x32\x1f.distserve.v1.TransferChallengeH\x00\x12,\n\x05proof\x18\x0c \x01(\x0b\x32\x1b.distserve.v1.TransferProofH\x00\x42\x06\n\x04kind*\xc5\x01\n\x10TransferLaneKind\x12\"\n\x1eTRANSFER_LANE_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17TRANSFER_LANE_KIND_AUTO\x10\x01\x12\x1a\n\x16TRANSFER_LANE_KIND_SHM\x10\x02\x12\x1b\n\x17TRANSFER_LANE_KIND_GLOO\x10\x03\x12\x1b\n\x17TRANSFER_LANE_KIND_NCCL\x10\x04\x12\x1a\n\x16TRANSFER_LANE_KIND_IPC\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'distserve.v1.transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERLANEKIND']._serialized_start=2381
-  _globals['_TRANSFERLANEKIND']._serialized_end=2550
+  _globals['_TRANSFERLANEKIND']._serialized_start=2510
+  _globals['_TRANSFERLANEKIND']._serialized_end=2707
   _globals['_TRANSFERPEER']._serialized_start=45
   _globals['_TRANSFERPEER']._serialized_end=92
   _globals['_TRANSFERLAYOUT']._serialized_start=94
   _globals['_TRANSFERLAYOUT']._serialized_end=197
   _globals['_TRANSFERHELLO']._serialized_start=200
-  _globals['_TRANSFERHELLO']._serialized_end=636
-  _globals['_TRANSFERRANK']._serialized_start=638
-  _globals['_TRANSFERRANK']._serialized_end=690
-  _globals['_TRANSFERCHALLENGE']._serialized_start=692
-  _globals['_TRANSFERCHALLENGE']._serialized_end=741
-  _globals['_TRANSFERPROOF']._serialized_start=743
-  _globals['_TRANSFERPROOF']._serialized_end=773
-  _globals['_TRANSFEROFFER']._serialized_start=776
-  _globals['_TRANSFEROFFER']._serialized_end=996
-  _globals['_TRANSFERSEGMENT']._serialized_start=998
-  _globals['_TRANSFERSEGMENT']._serialized_end=1047
-  _globals['_TRANSFERGROUP']._serialized_start=1049
-  _globals['_TRANSFERGROUP']._serialized_end=1094
-  _globals['_TRANSFERANSWER']._serialized_start=1096
-  _globals['_TRANSFERANSWER']._serialized_end=1140
-  _globals['_TRANSFERREADY']._serialized_start=1142
-  _globals['_TRANSFERREADY']._serialized_end=1157
-  _globals['_TRANSFERREFUSAL']._serialized_start=1159
-  _globals['_TRANSFERREFUSAL']._serialized_end=1208
-  _globals['_TRANSFERSTAGEBEGIN']._serialized_start=1211
-  _globals['_TRANSFERSTAGEBEGIN']._serialized_end=1529
-  _globals['_TRANSFERPIECE']._serialized_start=1531
-  _globals['_TRANSFERPIECE']._serialized_end=1611
-  _globals['_TRANSFERSTAGEABORT']._serialized_start=1613
-  _globals['_TRANSFERSTAGEABORT']._serialized_end=1648
-  _globals['_TRANSFERCONSUMED']._serialized_start=1650
-  _globals['_TRANSFERCONSUMED']._serialized_end=1684
-  _globals['_TRANSFERSTAGEEND']._serialized_start=1686
-  _globals['_TRANSFERSTAGEEND']._serialized_end=1769
-  _globals['_TRANSFERFRAME']._serialized_start=1772
-  _globals['_TRANSFERFRAME']._serialized_end=2378
+  _globals['_TRANSFERHELLO']._serialized_end=649
+  _globals['_TRANSFERRANK']._serialized_start=651
+  _globals['_TRANSFERRANK']._serialized_end=703
+  _globals['_TRANSFERCHALLENGE']._serialized_start=705
+  _globals['_TRANSFERCHALLENGE']._serialized_end=754
+  _globals['_TRANSFERPROOF']._serialized_start=756
+  _globals['_TRANSFERPROOF']._serialized_end=786
+  _globals['_TRANSFEROFFER']._serialized_start=789
+  _globals['_TRANSFEROFFER']._serialized_end=1070
+  _globals['_TRANSFERSEGMENT']._serialized_start=1072
+  _globals['_TRANSFERSEGMENT']._serialized_end=1121
+  _globals['_TRANSFERDEVICEMEMORY']._serialized_start=1123
+  _globals['_TRANSFERDEVICEMEMORY']._serialized_end=1176
+  _globals['_TRANSFERGROUP']._serialized_start=1178
+  _globals['_TRANSFERGROUP']._serialized_end=1223
+  _globals['_TRANSFERANSWER']._serialized_start=1225
+  _globals['_TRANSFERANSWER']._serialized_end=1269
+  _globals['_TRANSFERREADY']._serialized_start=1271
+  _globals['_TRANSFERREADY']._serialized_end=1286
+  _globals['_TRANSFERREFUSAL']._serialized_start=1288
+  _globals['_TRANSFERREFUSAL']._serialized_end=1337
+  _globals['_TRANSFERSTAGEBEGIN']._serialized_start=1340
+  _globals['_TRANSFERSTAGEBEGIN']._serialized_end=1658
+  _globals['_TRANSFERPIECE']._serialized_start=1660
+  _globals['_TRANSFERPIECE']._serialized_end=1740
+  _globals['_TRANSFERSTAGEABORT']._serialized_start=1742
+  _globals['_TRANSFERSTAGEABORT']._serialized_end=1777
+  _globals['_TRANSFERCONSUMED']._serialized_start=1779
+  _globals['_TRANSFERCONSUMED']._serialized_end=1813
+  _globals['_TRANSFERSTAGEEND']._serialized_start=1815
+  _globals['_TRANSFERSTAGEEND']._serialized_end=1898
+  _globals['_TRANSFERFRAME']._serialized_start=1901
+  _globals['_TRANSFERFRAME']._serialized_end=2507
 # @@protoc_insertion_point(module_scope)

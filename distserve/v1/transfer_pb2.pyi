@@ -14,11 +14,13 @@ class TransferLaneKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRANSFER_LANE_KIND_SHM: _ClassVar[TransferLaneKind]
     TRANSFER_LANE_KIND_GLOO: _ClassVar[TransferLaneKind]
     TRANSFER_LANE_KIND_NCCL: _ClassVar[TransferLaneKind]
+    TRANSFER_LANE_KIND_IPC: _ClassVar[TransferLaneKind]
 TRANSFER_LANE_KIND_UNSPECIFIED: TransferLaneKind
 TRANSFER_LANE_KIND_AUTO: TransferLaneKind
 TRANSFER_LANE_KIND_SHM: TransferLaneKind
 TRANSFER_LANE_KIND_GLOO: TransferLaneKind
 TRANSFER_LANE_KIND_NCCL: TransferLaneKind
+TRANSFER_LANE_KIND_IPC: TransferLaneKind
 
 class TransferPeer(_message.Message):
     __slots__ = ("id", "incarnation")
@@ -43,7 +45,7 @@ class TransferLayout(_message.Message):
     def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class TransferHello(_message.Message):
-    __slots__ = ("version", "source", "destination", "fingerprint", "layout", "kind", "generation", "host", "cuda", "source_rank", "destination_rank", "move_id", "nonce", "proof")
+    __slots__ = ("version", "source", "destination", "fingerprint", "layout", "kind", "generation", "host", "cuda", "source_rank", "destination_rank", "move_id", "nonce", "proof", "gpu")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +60,7 @@ class TransferHello(_message.Message):
     MOVE_ID_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
     version: int
     source: TransferPeer
     destination: TransferPeer
@@ -72,7 +75,8 @@ class TransferHello(_message.Message):
     move_id: str
     nonce: bytes
     proof: bytes
-    def __init__(self, version: _Optional[int] = ..., source: _Optional[_Union[TransferPeer, _Mapping]] = ..., destination: _Optional[_Union[TransferPeer, _Mapping]] = ..., fingerprint: _Optional[str] = ..., layout: _Optional[_Union[TransferLayout, _Mapping]] = ..., kind: _Optional[_Union[TransferLaneKind, str]] = ..., generation: _Optional[int] = ..., host: _Optional[str] = ..., cuda: bool = ..., source_rank: _Optional[_Union[TransferRank, _Mapping]] = ..., destination_rank: _Optional[_Union[TransferRank, _Mapping]] = ..., move_id: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    gpu: str
+    def __init__(self, version: _Optional[int] = ..., source: _Optional[_Union[TransferPeer, _Mapping]] = ..., destination: _Optional[_Union[TransferPeer, _Mapping]] = ..., fingerprint: _Optional[str] = ..., layout: _Optional[_Union[TransferLayout, _Mapping]] = ..., kind: _Optional[_Union[TransferLaneKind, str]] = ..., generation: _Optional[int] = ..., host: _Optional[str] = ..., cuda: bool = ..., source_rank: _Optional[_Union[TransferRank, _Mapping]] = ..., destination_rank: _Optional[_Union[TransferRank, _Mapping]] = ..., move_id: _Optional[str] = ..., nonce: _Optional[bytes] = ..., proof: _Optional[bytes] = ..., gpu: _Optional[str] = ...) -> None: ...
 
 class TransferRank(_message.Message):
     __slots__ = ("tp", "pp", "rank")
@@ -99,20 +103,22 @@ class TransferProof(_message.Message):
     def __init__(self, proof: _Optional[bytes] = ...) -> None: ...
 
 class TransferOffer(_message.Message):
-    __slots__ = ("kind", "slots", "slot_bytes", "slice_bytes", "segment", "group")
+    __slots__ = ("kind", "slots", "slot_bytes", "slice_bytes", "segment", "group", "device_memory")
     KIND_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_FIELD_NUMBER: _ClassVar[int]
     kind: TransferLaneKind
     slots: int
     slot_bytes: int
     slice_bytes: int
     segment: TransferSegment
     group: TransferGroup
-    def __init__(self, kind: _Optional[_Union[TransferLaneKind, str]] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slice_bytes: _Optional[int] = ..., segment: _Optional[_Union[TransferSegment, _Mapping]] = ..., group: _Optional[_Union[TransferGroup, _Mapping]] = ...) -> None: ...
+    device_memory: TransferDeviceMemory
+    def __init__(self, kind: _Optional[_Union[TransferLaneKind, str]] = ..., slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slice_bytes: _Optional[int] = ..., segment: _Optional[_Union[TransferSegment, _Mapping]] = ..., group: _Optional[_Union[TransferGroup, _Mapping]] = ..., device_memory: _Optional[_Union[TransferDeviceMemory, _Mapping]] = ...) -> None: ...
 
 class TransferSegment(_message.Message):
     __slots__ = ("locator", "proof")
@@ -121,6 +127,14 @@ class TransferSegment(_message.Message):
     locator: str
     proof: bytes
     def __init__(self, locator: _Optional[str] = ..., proof: _Optional[bytes] = ...) -> None: ...
+
+class TransferDeviceMemory(_message.Message):
+    __slots__ = ("handle", "proof")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    handle: bytes
+    proof: bytes
+    def __init__(self, handle: _Optional[bytes] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class TransferGroup(_message.Message):
     __slots__ = ("port", "prefix")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distserve_kernels.checksum import Bytes
-from distserve_kernels.kv_part import PagedPart, Rows, StagedSlice, byte_view, runs, shared_spans
+from distserve_kernels.kv_part import PagedPart, Rows, StagedSlice, byte_view, put, runs, shared_spans
 from distserve_kernels.native.abi import COPY_UNIT, SHORTEST_SUM
 
 _GATHER_BYTES = 512 << 10
@@ -77,7 +77,7 @@ class PagedBytes(PagedPart):
         if rows is not None:
             (block,) = blocks
             low, high = rows[0] * self.row_bytes, rows[1] * self.row_bytes
-            out[: high - low] = self._blocks[block, low:high]
+            put(out[: high - low], self._blocks[block, low:high])
             return
         at = 0
         for first, count in runs(blocks):
@@ -85,7 +85,7 @@ class PagedBytes(PagedPart):
             step = _GATHER_BYTES if self.on_host else len(run)
             for low in range(0, len(run), step):
                 part = run[low : low + step]
-                out[at : at + len(part)] = part
+                put(out[at : at + len(part)], part)
                 at += len(part)
 
     def _write(
@@ -104,12 +104,12 @@ class PagedBytes(PagedPart):
         """Write whole blocks of this pool's own size, the first being block ``at`` of staging: one copy a run."""
         if rows is not None:
             low, high = rows[0] * self.row_bytes, rows[1] * self.row_bytes
-            self._blocks[blocks[0], low:high] = staged[: high - low]
+            put(self._blocks[blocks[0], low:high], staged[: high - low])
             return
         at *= self.block_bytes
         for first, count in runs(blocks):
             nbytes = count * self.block_bytes
-            self._blocks[first : first + count].reshape(-1)[:] = staged[at : at + nbytes]
+            put(self._blocks[first : first + count].reshape(-1), staged[at : at + nbytes])
             at += nbytes
 
     def _write_tokens(
@@ -126,7 +126,7 @@ class PagedBytes(PagedPart):
             block, offset = divmod(at - first_token, size)
             target, shift = divmod(at, self.block_size)
             n = stop - at
-            self._tokens[table[target], low:high, shift : shift + n] = source[block, :, offset : offset + n]
+            put(self._tokens[table[target], low:high, shift : shift + n], source[block, :, offset : offset + n])
 
 
 def _at(numbers: array[int]) -> int:

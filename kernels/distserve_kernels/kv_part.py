@@ -9,8 +9,11 @@ two ends may use different block sizes: the tokens that a row has in common with
 copied row by row.
 
 On a CPU the copies go through NumPy views of the same memory, on the calling thread and without the GIL, whereas torch
-would start a pool of threads for each thread that copies. On other devices they are torch copies. Knows no tickets and
-no sockets.
+would start a pool of threads for each thread that copies. On a device they go to the calling thread's stream
+(``streams.own_stream``), as kernels between pool and staging there (``kv_device``), else as torch's copies. ``gather``
+and ``scatter`` return when the bytes are where they belong, so that what is done under a lock is done when the lock is
+given back; they wait for that stream alone. What has to come before, a step that writes what is read, must be done on
+the device already. Knows no tickets and no sockets.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import torch
 from torch import Tensor
 
 from distserve_kernels.checksum import Bytes, digest
+from distserve_kernels.kv_device import DeviceCopies
+from distserve_kernels.streams import settle
 
 Rows = tuple[int, int]
 """Rows [low, high) of one block, of this part."""
@@ -46,19 +51,22 @@ class PagedPart(ABC):
     Stateless beyond its views. ValueError for what is no pool.
     """
 
-    def __init__(self, pool: Tensor, layers: int | None = None, heads: int | None = None) -> None:
+    def __init__(self, pool: Tensor, layers: range | None = None, heads: range | None = None) -> None:
         if pool.dim() != 6 or not pool.is_contiguous():
             raise ValueError(
                 "a KV pool is one contiguous tensor [num_blocks, layers, 2, kv_heads, block_size, head_dim], "
                 f"not {tuple(pool.shape)}"
             )
         self.num_blocks, all_layers, pair, all_heads, self.block_size, head_dim = pool.shape
-        self.rows = (all_layers if layers is None else layers) * pair * (all_heads if heads is None else heads)
+        layers = range(all_layers) if layers is None else layers
+        heads = range(all_heads) if heads is None else heads
+        self.rows = len(layers) * pair * len(heads)
         self.token_bytes = head_dim * pool.element_size()  # in one row
         self.row_bytes = self.block_size * self.token_bytes
         self.block_bytes = self.rows * self.row_bytes
         self.on_host = pool.device.type == "cpu"
-        self._device = pool.device
+        self.device = pool.device
+        self._copies = None if self.on_host else DeviceCopies.fitting(pool, layers, heads)
 
     def staging(self, memory: Tensor) -> Bytes:
         """Staging memory (a flat uint8 tensor) in the form that gather and scatter take."""
@@ -71,7 +79,8 @@ class PagedPart(ABC):
         """
         if seed is not None:
             return self._read_summing(blocks, out, rows, seed)
-        self._read(blocks, out, rows)
+        self._read_any(blocks, out, rows)
+        settle(self.device)
         return 0
 
     def scatter(
@@ -92,17 +101,39 @@ class PagedPart(ABC):
         Returns the checksum of the slice ``ahead``, which is to be written next; 0 without one.
         """
         found = self._write_summing(table, staged, staged_block_size, first_token, (start, end), rows, ahead)
-        if not self.on_host:
-            torch.cuda.current_stream(self._device).synchronize()  # the caller gives staging back now
+        settle(self.device)  # the caller gives staging, and its lock, back now
         return found
+
+    def warm(self) -> None:
+        """Compile what a device's copies need, on the first block, whose bytes stay as they are: before any is used."""
+        if self._copies is None or not self.num_blocks:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_stream(torch.cuda.default_stream(self.device))  # which may still be clearing the pool
+        staged = torch.empty(self.block_bytes, dtype=torch.uint8, device=self.device)
+        self._copies.gather((0,), staged, None)
+        self._copies.scatter((0,), staged)
+        self._copies.gather((0,), staged, 0)
+        digest(staged, 0)
 
     def _nbytes(self, blocks: Sequence[int], rows: Rows | None) -> int:
         return len(blocks) * self.block_bytes if rows is None else (rows[1] - rows[0]) * self.row_bytes
 
     def _read_summing(self, blocks: Sequence[int], out: Bytes, rows: Rows | None, seed: int) -> int:
         """Copy to the front of ``out``; the checksum of that. In two passes, unless somebody knows better."""
-        self._read(blocks, out, rows)
+        if self._copies is not None and rows is None and _on_device(out):
+            return self._copies.gather(blocks, out, seed)
+        self._read_any(blocks, out, rows)
+        if not _on_device(out):
+            settle(self.device)
         return digest(out[: self._nbytes(blocks, rows)], seed)
+
+    def _read_any(self, blocks: Sequence[int], out: Bytes, rows: Rows | None) -> None:
+        """As ``_read``, by the kernels of a device where they serve; may return before it is done."""
+        if self._copies is not None and rows is None and _on_device(out):
+            self._copies.gather(blocks, out, None)
+        else:
+            self._read(blocks, out, rows)
 
     def _write_summing(
         self,
@@ -115,18 +146,35 @@ class PagedPart(ABC):
         ahead: StagedSlice | None,
     ) -> int:
         """As ``_write``; the checksum of what is ahead, or 0. In two passes, unless somebody knows better."""
-        self._write(table, staged, size, first_token, span, rows)
+        start, end = span
+        whole = size == self.block_size and first_token == start and start % size == end % size == 0
+        if self._copies is not None and rows is None and whole and _on_device(staged):
+            self._copies.scatter(table[start // size : end // size], staged)
+        else:
+            self._write(table, staged, size, first_token, span, rows)
         return 0 if ahead is None else ahead.digest()
 
     @abstractmethod
     def _read(self, blocks: Sequence[int], out: Bytes, rows: Rows | None) -> None:
-        """Copy to the front of ``out``."""
+        """Copy to the front of ``out``; on a device perhaps later, in the order of the thread's stream."""
 
     @abstractmethod
     def _write(
         self, table: Sequence[int], staged: Bytes, size: int, first_token: int, span: tuple[int, int], rows: Rows | None
     ) -> None:
-        """Write the tokens of ``span``; staging holds blocks of ``size`` tokens."""
+        """Write the tokens of ``span``; staging holds blocks of ``size`` tokens. On a device perhaps later, in turn."""
+
+
+def put(target: Bytes, source: Bytes) -> None:
+    """target[:] = source; between a device and the host (page-locked memory) in the order of the stream, unwaited."""
+    if isinstance(target, Tensor):
+        target.copy_(source, non_blocking=True)
+    else:
+        target[:] = source
+
+
+def _on_device(staged: Bytes) -> bool:
+    return isinstance(staged, Tensor) and staged.device.type != "cpu"
 
 
 def byte_view(tensor: Tensor, *shape: int) -> Bytes:

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distserve_kernels.checksum import Bytes
-from distserve_kernels.kv_part import PagedPart, Rows, byte_view, runs, shared_spans
+from distserve_kernels.kv_part import PagedPart, Rows, byte_view, put, runs, shared_spans
 
 
 class PagedWindow(PagedPart):
     """``layers`` and ``heads`` of a contiguous pool [num_blocks, layers, 2, kv_heads, block_size, head_dim]."""
 
     def __init__(self, pool: Tensor, layers: range, heads: range) -> None:
-        super().__init__(pool, len(layers), len(heads))
+        super().__init__(pool, layers, heads)
         blocks, all_layers, pair, all_heads, block_size, _ = pool.shape
         if not (0 <= layers.start < layers.stop <= all_layers and 0 <= heads.start < heads.stop <= all_heads):
             raise ValueError(f"layers {layers} and heads {heads} are not in a pool of {all_layers} and {all_heads}")
@@ -32,12 +32,12 @@ class PagedWindow(PagedPart):
         if rows is not None:
             (block,) = blocks
             for at, row in enumerate(range(*rows)):
-                out[at * self.row_bytes : (at + 1) * self.row_bytes] = self._rows[block][self._place(row)]
+                put(out[at * self.row_bytes : (at + 1) * self.row_bytes], self._rows[block][self._place(row)])
             return
         staged = out[: self._nbytes(blocks, None)].reshape(len(blocks), *self._shape, self.row_bytes)
         at = 0
         for first, count in runs(blocks):
-            staged[at : at + count] = self._rows[first : first + count]
+            put(staged[at : at + count], self._rows[first : first + count])
             at += count
 
     def _write(
@@ -58,14 +58,14 @@ class PagedWindow(PagedPart):
             blocks = table[span[0] // size : span[1] // size]
             at = 0
             for first, adjacent in runs(blocks):
-                self._tokens[first : first + adjacent] = source[at : at + adjacent]
+                put(self._tokens[first : first + adjacent], source[at : at + adjacent])
                 at += adjacent
             return
         for at, stop in shared_spans(*span, size, self.block_size):
             block, offset = divmod(at - first_token, size)
             target, shift = divmod(at, self.block_size)
             n = stop - at
-            self._tokens[table[target], ..., shift : shift + n, :] = source[block, ..., offset : offset + n, :]
+            put(self._tokens[table[target], ..., shift : shift + n, :], source[block, ..., offset : offset + n, :])
 
     def _scatter_rows(
         self,
@@ -84,7 +84,7 @@ class PagedWindow(PagedPart):
             n = stop - at
             for index, row in enumerate(range(*rows)):
                 here = self._tokens[table[target]][self._place(row)]
-                here[shift : shift + n] = source[index, offset : offset + n]
+                put(here[shift : shift + n], source[index, offset : offset + n])
 
     def _place(self, row: int) -> tuple[int, int, int]:
         """(layer, k or v, head) of a row, within the window."""

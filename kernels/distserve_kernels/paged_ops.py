@@ -26,6 +26,7 @@ class PagedOps:
     decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     kv_gather: Callable[[Tensor, Tensor, range, range, Tensor, bool], Tensor]
     kv_scatter: Callable[[Tensor, Tensor, range, range, Tensor, bool], Tensor]
+    staging_checksum: Callable[[Tensor], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -36,6 +37,7 @@ PAGED_REFERENCE = PagedOps(
     paged_reference.paged_decode_attention,
     paged_reference.kv_gather,
     paged_reference.kv_scatter,
+    paged_reference.staging_checksum,
     paged_reference.sample,
 )
 
@@ -56,5 +58,6 @@ def triton_paged_ops() -> PagedOps:
         decode.paged_decode_attention,
         kv_move.kv_gather,
         kv_move.kv_scatter,
+        kv_move.staging_checksum,
         sampling.sample,
     )

@@ -144,7 +144,8 @@ def sample(scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
     Otherwise min-p, top-k and top-p in this order, then the inverse of the cumulated probabilities at ``points``, the
     uniform numbers in [0, 1) of (seed, output index): by falling probability, equal ones by rising id; in the order of
     ids where neither top-k nor top-p truncates. So it is the sampler of ``distserve.engine.sampler``, draw for draw,
-    but for points within rounding (1e-6 of the mass) of a border between two tokens, and how equal scores are ordered.
+    but for points within rounding (1e-6 of the mass) of a border between two tokens. Scores are numbers; where all are
+    minus infinity it is id 0, and where some are infinite, one of these.
     """
     rows = zip(scores, *(t.tolist() for t in (temperature, top_k, top_p, min_p, points)), strict=True)
     return torch.tensor([_sample_row(*row) for row in rows], dtype=torch.int64, device=scores.device)
@@ -153,15 +154,17 @@ def sample(scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, mi
 def _sample_row(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, point: float) -> int:
     if temperature == 0:
         return int(row.argmax())
-    scaled = row.double() / temperature
-    weights = torch.exp(scaled - scaled.max())
+    best = row.max()
+    if best == -float("inf"):
+        return 0
+    weights = torch.where(row == best, 1.0, torch.exp((row.double() - best) / temperature))
     order = torch.arange(len(row), device=row.device)
     if top_k > 0 or top_p < 1:
         order = torch.sort(weights, descending=True, stable=True).indices
     order = order[weights[order] >= min_p][: top_k or None]
     if top_p < 1:
         before = weights[order].cumsum(0) - weights[order]
-        order = order[before < top_p * weights[order].sum()]
+        order = order[: max(1, int((before < top_p * weights[order].sum()).sum()))]
     mass = weights[order].cumsum(0)
     index = int(torch.searchsorted(mass, point * mass[-1:], right=True))
     return int(order[min(index, int(torch.searchsorted(mass, mass[-1:])))])

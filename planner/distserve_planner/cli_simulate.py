@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distserve.core.types import Role
+from distserve.sched.config import InstanceConfig
 from distserve_planner import workload as workloads
 from distserve_planner.given import Source, plan_of_machine
 from distserve_planner.latency.profiled import ProfiledModel, within
 from distserve_planner.latency.source import default_policy, is_file, latency_model, profile_for
 from distserve_planner.plan import write_plan
 from distserve_planner.refusal import CannotPlan, only_known, whole
-from distserve_planner.simulation.deployment import InstanceSpec, instance, on_ports, policy
+from distserve_planner.simulation.deployment import InstanceSpec, instance, on_ports, open_door, policy
 from distserve_planner.simulation.result import SimulationResult
 from distserve_planner.simulation.run import simulate
 from distserve_planner.simulation.shared import Machine, simulate_shared
@@ -37,6 +38,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise CannotPlan("--out needs a profile of this machine (`distserve profile`): a plan of it is written")
     whole(parsed.kv_tokens, "--kv-tokens", 0)
     whole(parsed.seed, "--seed", 0)
+    whole(parsed.overflow_prefill_tokens, "--overflow-prefill-tokens", 0)
     workload = workloads.read(parsed.requests)
     if parsed.rate is not None:
         workload = workload.at_rate(parsed.rate)
@@ -46,7 +48,8 @@ def run(parsed: argparse.Namespace) -> int:
         shared = machine(parsed)
         result = simulate_shared(shared, workload, seed=parsed.seed)
     else:
-        deployment = on_ports(_instances(parsed), parsed.kv_bandwidth * 1e9)
+        cluster = open_door(parsed.overflow_prefill_tokens)
+        deployment = on_ports(_instances(parsed), parsed.kv_bandwidth * 1e9, cluster=cluster)
         began = time.process_time()
         result = simulate(deployment, workload, seed=parsed.seed)
     spent = time.process_time() - began
@@ -84,16 +87,24 @@ def machine(parsed: argparse.Namespace) -> Machine:
     """The instances on the machine whose profile is given. Raises CannotPlan or OutOfRange."""
     profile = profile_for(parsed.profile, parsed.model)
     limits = policy(parsed.policy) if parsed.policy else within(profile, policy(default_policy(parsed.profile)))
-    limits = replace(limits, prefix_cache=parsed.prefix_cache)
+    limits = replace(_mixed(parsed, limits), prefix_cache=parsed.prefix_cache)
     roles: list[Role] = []
     for role, tp, pp, count in _shapes(parsed):
         ProfiledModel(profile, tp, pp)  # refuses what was not measured
         roles += [role] * count
-    return Machine(profile, tuple(roles), limits, parsed.kv_tokens)
+    cluster = open_door(parsed.overflow_prefill_tokens)
+    return Machine(profile, tuple(roles), limits, parsed.kv_tokens, cluster=cluster)
+
+
+def _mixed(parsed: argparse.Namespace, limits: InstanceConfig) -> InstanceConfig:
+    """The limits, with those of them that were given. Raises CannotPlan."""
+    if (tokens := parsed.max_mixed_tokens) is None:
+        return limits
+    return replace(limits, max_mixed_tokens=whole(tokens, "--max-mixed-tokens"))
 
 
 def _instances(parsed: argparse.Namespace) -> list[InstanceSpec]:
-    limits = policy(parsed.policy or default_policy(parsed.profile))
+    limits = _mixed(parsed, policy(parsed.policy or default_policy(parsed.profile)))
     specs: list[InstanceSpec] = []
     for role, tp, pp, count in _shapes(parsed):
         model = latency_model(parsed.profile, parsed.model, tp, pp)

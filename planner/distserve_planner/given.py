@@ -73,6 +73,7 @@ def plan_of_machine(
         dtype=profile.dtype,
         threads=profile.threads,
         batching=Batching.of(machine.config),
+        overflow_prefill_tokens=machine.cluster.overflow_prefill_tokens,
     )
     plan.check()
     return plan

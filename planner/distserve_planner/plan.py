@@ -155,7 +155,7 @@ class Plan:
     """The whole file. ``why``: one sentence; ``notes``: what the reader must know before trusting it.
 
     ``profile``: the file of the machine it was planned with, if it was; ``threads`` of an instance and ``dtype`` are
-    then that profile's.
+    then that profile's. ``overflow_prefill_tokens``: of the dispatch, as ``distserve serve`` has it.
     """
 
     version: int
@@ -179,6 +179,7 @@ class Plan:
     dtype: str = ""
     threads: int = 0
     batching: Batching = Batching()
+    overflow_prefill_tokens: int = 0
     slo_classes: tuple[TargetsOfClass, ...] = ()
 
     @property
@@ -195,6 +196,8 @@ class Plan:
             raise CannotPlan(f"plan: version {self.version} is not known; this planner reads version {VERSION}")
         if not self.instances:
             raise CannotPlan("plan: it has no instances")
+        if self.overflow_prefill_tokens < 0:
+            raise CannotPlan("plan: overflow_prefill_tokens must not be negative; 0 turns it off")
         taken: dict[tuple[str, int], str] = {}
         for each in self.instances:
             _check_instance(each)

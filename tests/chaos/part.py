@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from distserve.core.types import Role, StepPlan, Ticket
+from distserve.core.types import Role, Ticket
 from distserve.engine.runner import Engine
 from distserve.instance import process
 from distserve.instance.options import InstanceOptions
@@ -28,6 +28,7 @@ from distserve.sched.config import InstanceConfig
 from distserve.transfer import FaultInjector, MoverEvent, TransferConfig
 from distserve.transfer import events as mover_events
 from distserve.wire.life import Ending, tell
+from distserve.wire.loop import run_loop
 from tests.shells import part
 
 FLIP, HANG, SHOW = signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT
@@ -63,15 +64,15 @@ class FragileInstance(process.InstanceProcess):
 
     async def _load(self, ending: Ending) -> Engine:
         engine = await super()._load(ending)
-        run = engine.run
+        wait = engine.wait
 
-        def braked(plan: StepPlan) -> Any:
+        def braked() -> Any:
             if self.hang.is_set():
                 self.say("hangs")
                 threading.Event().wait()
-            return run(plan)
+            return wait()
 
-        engine.run = braked  # type: ignore[method-assign]
+        engine.wait = braked  # type: ignore[method-assign]
         return engine
 
 
@@ -103,7 +104,7 @@ def main(settings: dict[str, Any]) -> int:
     process.stage_event = hearing  # type: ignore[assignment]
     signal.signal(FLIP, flip)
     signal.signal(HANG, lambda *_: instance.hang.set())
-    return asyncio.run(instance.run())
+    return run_loop(instance.run())
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def test_no_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--model", "x", "--kv-cache-dtype", "fp8"], "'fp8' is none of auto, float32"),
         (["serve", "--model", "x", "--threads-per-rank", "0"], "at least 1"),
         (["serve", "--model", "x", "--transfer", "nccl"], "needs --device cuda"),
+        (["serve", "--model", "x", "--transfer", "ipc"], "--transfer ipc needs --device cuda"),
         (["serve", "--model", "x", "--config", "/nowhere.yaml"], "cannot read the configuration file"),
         (["bench", "--url", "ftp://x", "--model", "m", "--rate", "1", "--duration", "1"], "no http:// or https://"),
         (["bench", "--url", "x", "--model", "m"], "nothing to run"),
@@ -161,9 +162,20 @@ def test_defaults_of_serve_are_one_prefill_and_one_decode() -> None:
         ServeOptions(model="m", prefill=65, decode=1).check()
     four = ServeOptions(model="m", prefill=1, decode=1, mixed=2, threads_per_rank=3)
     assert ServeOptions(model="m", pin=False).cores == {"prefill-0": (), "decode-0": ()}
-    assert ServeOptions(model="m", prefill=1, decode=1, decode_tp=2).cores == {"prefill-0": (), "decode-0": ()}
+    crowded = ServeOptions(model="m", prefill=1, decode=1, decode_tp=2, threads_per_rank=len(usable_cores()))
+    assert crowded.cores == {"prefill-0": (), "decode-0": ()}
     assert [i for i, _ in four.instances] == ["prefill-0", "decode-0", "mixed-0", "mixed-1"]
     assert four.threads == 3
+
+
+def test_every_rank_has_cores_of_its_own_where_they_suffice(monkeypatch) -> None:
+    monkeypatch.setattr("distserve.launch.options.usable_cores", lambda: (0, 1, 2, 5, 6, 7))
+    two = ServeOptions(model="m", prefill=1, decode=1, decode_tp=2)
+    assert two.threads == 2
+    assert two.cores == {"prefill-0": (0, 1), "decode-0": (2, 5, 6, 7)}
+    alone = ServeOptions(model="m", mixed=1, tp=2, threads_per_rank=1)
+    assert alone.cores == {"mixed-0": (0, 1)}
+    assert ServeOptions(model="m", mixed=1, threads_per_rank=1).cores == {"mixed-0": ()}
 
 
 @pytest.mark.parametrize(

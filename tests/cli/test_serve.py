@@ -234,7 +234,7 @@ def test_narrow_kv_moves_to_ranks_in_pools_as_large_as_fit(model: Path, capsys: 
         assert 0 < totals["prefill-0"] <= 64 * 8192 / 16
         assert totals["decode-0"] > 0
         phases = [list(i["startup_s"]) for i in cluster.ready["instances"]]
-        assert phases[1] == ["python", "ranks", "weights", "pool", "slowest_rank", "data_plane", "join"]
+        assert phases[1] == ["python", "ranks", "weights", "pool", "kernels", "slowest_rank", "data_plane", "join"]
 
 
 def test_a_corrupt_model_ends_serve_with_the_instances_words(model: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from distserve.gateway.options import GatewayOptions
 from distserve.gateway.process import RunningGateway, gateway
 from distserve.instance.options import InstanceOptions
 from distserve.instance.process import InstanceProcess
+from distserve.sched.config import ClusterConfig
 
 READY_S = 60.0
 MODEL = "tiny"
@@ -24,14 +25,24 @@ MODEL = "tiny"
 
 @contextlib.asynccontextmanager
 async def cluster(
-    model: Path, roles: Sequence[Role], *, transfer: str, block_sizes: Sequence[int] = (16,), **settings: object
+    model: Path,
+    roles: Sequence[Role],
+    *,
+    transfer: str,
+    block_sizes: Sequence[int] = (16,),
+    dispatch: ClusterConfig | None = None,
+    journals: Path | None = None,
+    **settings: object,
 ) -> AsyncIterator[RunningGateway]:
-    """Ready when the block begins. ``block_sizes`` are dealt to the instances in turn; ``settings`` go to each."""
+    """Ready when the block begins. ``block_sizes`` are dealt to the instances in turn; ``settings`` go to each.
+
+    ``journals``: the folder in which each instance writes its own.
+    """
     options = GatewayOptions(model=str(model), model_name=MODEL, http_port=None, grpc_port=None)
     loop = asyncio.get_running_loop()
     ties: list[int] = []
     lives: list[asyncio.Task[int]] = []
-    async with gateway(options, ControllerOptions()) as running:
+    async with gateway(options, ControllerOptions(machine=dispatch or ClusterConfig())) as running:
         try:
             for number, role in enumerate(roles):
                 parent_read, parent_write = os.pipe()
@@ -46,6 +57,7 @@ async def cluster(
                     block_size=block_sizes[number % len(block_sizes)],
                     kv_tokens=8192,
                     parent_fd=parent_read,
+                    journal=journals / f"{role}-{number}.jsonl" if journals is not None else None,
                     **settings,  # type: ignore[arg-type]
                 )
                 lives.append(loop.create_task(InstanceProcess(instance).run()))

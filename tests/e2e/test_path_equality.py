@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from distserve.core.types import Role
+from distserve.sched.config import ClusterConfig, InstanceConfig
 from tests.e2e.inprocess import all_free, cluster
 from tests.oracle import Oracle
 from tests.shells.cluster import answer, request
@@ -65,4 +66,24 @@ async def test_block_sizes_may_differ_at_the_two_ends(family: tuple[Path, Oracle
         for prompt, (tokens, end) in zip(prompts(), await asyncio.gather(*work), strict=True):
             assert tokens == oracle(prompt, OUTPUT)
             assert end.account.timings.kv_bytes_moved > 0
+        await all_free(running)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"], indirect=True)
+async def test_a_burst_is_read_at_both_ends(family: tuple[Path, Oracle]) -> None:
+    """Whatever comes while the prefill instance reads is read by the decode instance, in small chunks."""
+    model, oracle = family
+    draw = random.Random(6)
+    asked = [[draw.randrange(3, VOCAB_SIZE) for _ in range(n)] for n in range(30, 310, 20)]
+    overflow, small = ClusterConfig(overflow_prefill_tokens=1), InstanceConfig(max_mixed_tokens=24)
+    async with cluster(model, (P, D), transfer="shm", dispatch=overflow, machine=small) as running:
+        work = (answer(running.shell, request(f"r{i}", p, OUTPUT)) for i, p in enumerate(asked))
+        answers = await asyncio.gather(*work)
+        ways = []
+        for prompt, (tokens, end) in zip(asked, answers, strict=True):
+            assert tokens == oracle(prompt, OUTPUT)
+            moved = end.account.prefill_instance != end.account.decode_instance
+            assert moved == (end.account.timings.kv_bytes_moved > 0)
+            ways.append((end.account.prefill_instance[0], moved))
+        assert set(ways) == {("p", True), ("d", False)}, "some handed off, some read where they decode"
         await all_free(running)

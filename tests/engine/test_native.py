@@ -21,6 +21,7 @@ from distserve.engine.runner import Engine, build_model
 from distserve.models.catalog import default_cache
 from distserve.models.config import read_config
 from distserve.models.errors import ModelError
+from distserve_kernels.cores import Threads
 from distserve_kernels.native import library
 from tests.engine.driver import GREEDY, complete, ids
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
@@ -81,7 +82,7 @@ def side(directory: Path, dtype: str, kernels: str, block_size: int = 16, thread
         )
         if kernels == "torch":
             return Side(pool, TorchForward(model, pool))
-        native = take_over(model, shape, pool.tensor, length, threads, CACHE, rows or None)
+        native = take_over(model, shape, pool.tensor, length, Threads(threads), CACHE, rows or None)
         return Side(pool, BothForward(native, TorchForward(model, pool), rows) if rows else native)
 
 

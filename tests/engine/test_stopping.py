@@ -18,6 +18,7 @@ from distserve.engine.runner import Engine, build_model
 from distserve.engine.stopping import StepGivenUp, StopSign
 from distserve.models.catalog import default_cache
 from distserve.models.config import read_config
+from distserve_kernels.cores import Threads
 from distserve_kernels.native import library
 from tests.engine.driver import Running, complete, ids
 from tests.tiny_models import VOCAB_SIZE, make_tiny
@@ -89,7 +90,7 @@ def test_a_sign_for_one_step_ends_no_other(engine: Engine) -> None:
 def test_torch_stops_at_the_layer_it_has_come_to(directory: Path) -> None:
     """Another thread gives the step up while its third layer runs: the others are not begun."""
     whole = Engine.load(EngineConfig(model=str(directory), kernels="torch", pool_blocks=64))
-    forward = whole._forward
+    forward = whole.forward
     assert isinstance(forward, TorchForward)
     right = ids(complete(whole, prompt(200), 4))
     whole.pool.tensor.zero_()
@@ -142,7 +143,9 @@ def test_native_stops_at_the_layer_it_has_come_to(directory: Path, threads: int,
         model, _ = build_model(directory, shape, config, shape.max_positions, None)
         pool = torch.zeros((64, LAYERS, 2, shape.kv_heads, config.block_size, shape.head_dim))
         sign = KvSign(pool[BLOCKS[0], layer, 0, 0, 0])
-        forward = take_over(model, shape, pool, shape.max_positions, threads, default_cache() / "native", None, sign)
+        forward = take_over(
+            model, shape, pool, shape.max_positions, Threads(threads), default_cache() / "native", None, sign
+        )
         assert isinstance(forward, NativeForward)
         whole = forward(plan(1, prompt(300)))
         assert whole is not None

@@ -117,7 +117,7 @@ def test_logits_and_kv_are_those_of_torch(tiny, family, dtype, tolerance):
             for s, low, high, sample in parts
         )
         with torch.inference_mode():
-            found, wanted = (engine._forward(StepPlan(number, items)) for engine in (triton_side, torch_side))
+            found, wanted = (engine.forward(StepPlan(number, items)) for engine in (triton_side, torch_side))
         assert found is not None and wanted is not None
         assert (found - wanted).abs().max() < tolerance
     assert (triton_side.pool.tensor - torch_side.pool.tensor).abs().max() < tolerance
@@ -171,7 +171,7 @@ def test_a_trial_writes_nothing(tiny):
     engine = loaded(tiny("opt"), "torch")
     before = engine.pool.tensor.normal_().clone()
     with torch.inference_mode():
-        PagedForward(engine._forward._model, engine.pool, 40).warm()  # type: ignore[attr-defined]
+        PagedForward(engine.forward._model, engine.pool, 40).warm()  # type: ignore[attr-defined]
     assert torch.equal(engine.pool.tensor, before)
 
 

@@ -19,6 +19,7 @@ from distserve.kv.ledger import BlockLedger
 from distserve.kv.prefix import PrefixIndex
 from distserve.kv.shape import Coverage
 from distserve.sched import cluster
+from distserve.sched.ahead import Ahead
 from distserve.sched.arrivals import Arrivals, MoveIn
 from distserve.sched.closing import Closing
 from distserve.sched.cluster import ClusterState
@@ -32,7 +33,17 @@ from distserve.sched.sequence import Sequence
 from distserve.sched.steps import Steps
 from distserve.sched.stream import Stream
 from tests.faults import dataplane
-from tests.faults.shells import InstanceShell
+from tests.faults.instances import InstanceShell
+from tests.faults.wrong_steps import (
+    chooses_once,
+    counts_as_run,
+    freed_after_the_oldest,
+    newest_first,
+    preempts_ahead,
+    release_at_once,
+    tokens_last,
+    void_counts,
+)
 
 Wrong = Callable[[Any], Any]
 """From the right function to the wrong one."""
@@ -87,10 +98,6 @@ def without(*kinds: type) -> Wrong:
 
 
 # ── the wrong methods that need more than a line ─────────────────────────────────────────────────────────────────────
-
-
-def release_at_once(right: Any) -> Any:
-    return lambda self, sequence: self.ledger.release(sequence.owner)
 
 
 def free_shared_too(right: Any) -> Any:
@@ -216,10 +223,10 @@ def only_when_asked(right: Any) -> Any:
 
 
 def mixed_hand_off(right: Any) -> Any:
-    def pair(prefills: Any, decodes: Any, prompt_tokens: int, hashes: Any, local: int) -> Any:
+    def pair(prefills: Any, decodes: Any, prompt_tokens: int, hashes: Any, config: Any) -> Any:
         prefill = shortest_queue(prefills, prompt_tokens, hashes)
         others = [d for d in decodes if d is not prefill]
-        return prefill, most_free(others, hashes) or prefill
+        return prefill, most_free(others, hashes) or prefill, None
 
     return pair
 
@@ -265,14 +272,6 @@ def forget_move_at_end(right: Any) -> Any:
         return []
 
     return finish
-
-
-def tokens_last(right: Any) -> Any:
-    def done(self: Steps, event: ev.StepDone, now: float) -> list[fx.Effect]:
-        effects = right(self, event, now)
-        return sorted(effects, key=lambda e: isinstance(e, fx.Send) and isinstance(e.event, ev.TokensMade))
-
-    return done
 
 
 def grow_too_little(right: Any) -> Any:
@@ -361,17 +360,6 @@ def opens_all(right: Any) -> Any:
     return lambda self, move_id, event: self.moves.get(move_id)
 
 
-def counts_as_run(right: Any) -> Any:
-    def abandoned(self: Steps, event: ev.StepAbandoned) -> list[fx.Effect]:
-        parts = self._planned if self._step is not None and self._step.number == event.number else []
-        for part in parts:
-            if not part.sample and part.sequence.phase is not Phase.ENDED:
-                part.sequence.computed += part.count
-        return right(self, event)  # type: ignore[no-any-return]
-
-    return abandoned
-
-
 BREAKAGES: tuple[Breakage, ...] = (
     Breakage("commits before the KV has come", "data", ((Coverage, "covers", always(True)),)),
     Breakage("skips the epoch check", "forget", ((Stream, "is_current", always(True)),)),
@@ -407,6 +395,17 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage("first token waits for its KV", "calm", ((Steps, "done", tokens_last),)),
     Breakage("a step given up is never over", "calm", ((Steps, "abandoned", always([])),)),
     Breakage("a step given up counts as run", "calm", ((Steps, "abandoned", counts_as_run),)),
+    Breakage("frees blocks that a later step writes", "calm", ((Residents, "_release", freed_after_the_oldest),)),
+    Breakage("preempts while steps are outstanding", "calm", ((Ahead, "choose", preempts_ahead),)),
+    Breakage("takes outcomes out of order", "calm", ((Steps, "_answered", newest_first),)),
+    Breakage("goes on from a step that did not end", "calm", ((Steps, "_void", void_counts),)),
+    Breakage("follows a token that ends the sequence", "calm", ((Ahead, "_is_over", always(False)),)),
+    Breakage("follows a token that penalties read", "calm", ((Ahead, "_needs_token", always(False)),)),
+    Breakage(
+        "plans a sequence as if nothing were outstanding",
+        "calm",
+        ((Sequence, "planned", lambda _: property(lambda self: self.computed)),),
+    ),
     Breakage("tombstones last for ever", "calm", ((Arrivals, "tick", never_forgets),)),
     Breakage("a lost gateway is merely noted", "crash", ((InstanceState, "_gateway_lost", gateway_merely_noted),)),
     Breakage("a lost source is not noticed", "crash", ((Arrivals, "peer_lost", always([])),)),
@@ -444,6 +443,7 @@ BREAKAGES: tuple[Breakage, ...] = (
         found=True,
     ),
     Breakage("any member list is believed", "churn", ((GatewayState, "_members_changed", any_list),), 400, found=True),
+    Breakage("a share that gave way leaves none", "calm", ((Ahead, "choose", chooses_once),), 100, found=True),
     Breakage("sends KV that is not computed", "calm", ((Departures, "pump", early_kv),), found=True),
 )
 

@@ -53,6 +53,7 @@ FAULTS = (
 
 SITUATIONS = (
     "dispatched in bypass",
+    "prompt overflowed",
     "prompt waits for room",
     "move waits for room",
     "sequence preempted",
@@ -60,6 +61,10 @@ SITUATIONS = (
     "dropped while its step ran",
     "step given up: for nobody",
     "step given up: by mistake",
+    "steps in flight together",
+    "next token planned ahead",
+    "row of a sequence that had ended",
+    "step void behind another",
     "refused: too many",
     "attempt retried",
     "owner changed",

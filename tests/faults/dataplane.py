@@ -16,10 +16,10 @@ from distserve.core.events import StageCorrupt, StageFailed, StageSent, StageSto
 from distserve.core.types import Ticket
 from tests.faults.coverage import Coverage
 from tests.faults.heap import Heap
+from tests.faults.instances import InstanceShell
 from tests.faults.network import Network
 from tests.faults.plan import Plan
 from tests.faults.properties import Property, Violation
-from tests.faults.shells import InstanceShell
 from tests.faults.truth import Truth
 
 BYTES_A_TOKEN = 256

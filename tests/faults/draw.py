@@ -51,6 +51,9 @@ def draw(seed: int, profile: str | None = None, topology: str | None = None) -> 
     clients = _clients(rng, gateways, nodes, span)
     faults_end = span + rng.uniform(0, 15)
     tight = rng.random() < 0.15
+    in_flight, follow_up = _in_flight(random.Random(f"{seed}:outstanding"))
+    if follow_up:
+        clients = tuple(_penalized(c) if c.number % 5 == 3 else c for c in clients)
     return Plan(
         seed=seed,
         profile=profile,
@@ -60,8 +63,8 @@ def draw(seed: int, profile: str | None = None, topology: str | None = None) -> 
         faults=_faults(rng, profile, nodes, gateways, faults_end),
         rates=_rates(rng, profile),
         faults_end=faults_end,
-        instance_config=_instance_config(rng, tight),
-        cluster_config=_cluster_config(rng, tight),
+        instance_config=replace(_instance_config(rng, tight), steps_in_flight=in_flight, follow_up=follow_up),
+        cluster_config=replace(_cluster_config(rng, tight), overflow_prefill_tokens=_overflow(seed)),
         gateway_config=GatewayConfig(max_streams=rng.choice([3, 4096])) if tight else GatewayConfig(),
         step_s=rng.choice([0.005, 0.02, 0.15, 0.15]),
         hop_s=rng.choice([0.0005, 0.005, 0.05]),
@@ -70,6 +73,16 @@ def draw(seed: int, profile: str | None = None, topology: str | None = None) -> 
         tight=tight,
         gives_up=random.Random(f"{seed}:gives up").random() < 0.7,
     )
+
+
+def _in_flight(rng: random.Random) -> tuple[int, bool]:
+    """Steps in flight, and whether they follow one another."""
+    return rng.choice([(1, False), (1, False), (2, False), (3, False), (2, True), (2, True), (3, True)])
+
+
+def _penalized(client: Client) -> Client:
+    """The same with penalties, for which a token must be known before the next is planned."""
+    return replace(client, request=replace(client.request, sampling=Sampling(0.0, presence_penalty=0.5)))
 
 
 def _nodes(rng: random.Random, roles: tuple[Role, ...], late_until: float) -> tuple[Node, ...]:
@@ -109,6 +122,10 @@ def _cluster_config(rng: random.Random, tight: bool) -> ClusterConfig:
         max_open_requests=rng.choice([3, 2048]),
         max_queued_tokens=rng.choice([80, 262_144]),
     )
+
+
+def _overflow(seed: int) -> int:
+    return random.Random(f"{seed}:overflow").choice([0, 0, 1, 30])
 
 
 def _clients(rng: random.Random, gateways: tuple[str, ...], nodes: tuple[Node, ...], span: float) -> tuple[Client, ...]:

@@ -124,7 +124,8 @@ class Plan:
         return (
             f"seed {self.seed}: {self.profile},{roles}, {len(self.gateways)} gateways, {len(self.clients)} requests, "
             f"{len(self.faults)} faults, rates {', '.join(self.rates.nonzero) or 'none'}, "
-            f"inline={self.inline_steps}, tight={self.tight}"
+            f"inline={self.inline_steps}, tight={self.tight}, {self.instance_config.steps_in_flight} steps in flight"
+            f"{', following' if self.instance_config.follow_up else ''}"
         )
 
 

@@ -15,6 +15,7 @@ from tests.faults.properties import Property, Violation
 EOS = 2
 EMPTY = 0  # a slot whose bytes mean nothing
 IN_STEP = -1  # a slot that the running step is writing
+BEYOND = 3  # what is sampled, and computed, behind a request's last token
 
 _MASK = (1 << 62) - 1
 

@@ -14,8 +14,8 @@ from hashlib import blake2b
 from typing import Any
 
 from distserve.core.effects import Effect, Send
-from distserve.core.events import Event, Reported, Submit, Tick
-from distserve.core.types import GatewayRef, InstanceRef
+from distserve.core.events import Dispatched, Event, Reported, Submit, Tick
+from distserve.core.types import GatewayRef, InstanceRef, Placement
 from distserve.kv.errors import LedgerError
 from distserve.sched.cluster import ClusterState
 from distserve.sched.gateway import GatewayState
@@ -72,6 +72,9 @@ class Watcher:
         elif isinstance(eye, GatewayEye) and not eye.machine.controller:
             bypassed = sum(isinstance(e, Send) and isinstance(e.event, Submit) for e in effects)
             self.coverage.situations["dispatched in bypass"] += bypassed
+        answers = (e.event for e in effects if isinstance(e, Send) and isinstance(e.event, Dispatched))
+        overflowed = sum(answer.placement is Placement.OVERFLOW for answer in answers)
+        self.coverage.situations["prompt overflowed"] += overflowed
         eye.saw(event, effects)
         self._points(eye)
 

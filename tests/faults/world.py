@@ -14,10 +14,11 @@ from tests.faults.coverage import Coverage
 from tests.faults.dataplane import DataPlane
 from tests.faults.draw import draw
 from tests.faults.heap import Heap
+from tests.faults.instances import InstanceShell
 from tests.faults.network import Network
 from tests.faults.plan import Client, Fault, Plan
 from tests.faults.properties import Property, Violation
-from tests.faults.shells import ControllerShell, GatewayShell, InstanceShell, Shell
+from tests.faults.shells import ControllerShell, GatewayShell, Shell
 from tests.faults.truth import EOS, Truth
 from tests.faults.watch import Watcher
 

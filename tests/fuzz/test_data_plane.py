@@ -22,7 +22,8 @@ from distserve.transfer.config import TransferConfig
 from distserve.transfer.counts import Counts
 from distserve.transfer.errors import Garbled, PeerGone, TransferError
 from distserve.transfer.grants import Grants
-from distserve.transfer.handshake import Identity, LaneKind, Link, accept, dial, split_address
+from distserve.transfer.handshake import Link, accept, dial, split_address
+from distserve.transfer.identity import Identity, LaneKind
 from distserve.transfer.inbound import Inbound
 from distserve.transfer.layout import Layout
 from distserve.transfer.stage import StageHead

@@ -26,12 +26,13 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "_decode": DOTS | {"GROUP": 16},
     "_reduce": {"DIM": 128, "SPLITS": 4},
     "_prefill": DOTS | {"wide": 1},
-    "_move": {"INTO_POOL": False, "SUM": True},
+    "_move": {"INTO_POOL": False, "SUM": True, "BLOCK": 4096},
+    "_checksum": {"BLOCK": 4096},
     "_sample": {"BLOCK": 4096},
 }
 KERNELS = (
     *(norm._rms_norm, gate._silu_mul, rotary._rotary_kv_write, rotary._kv_write, decode._decode, decode._reduce),
-    *(prefill._prefill, kv_move._move, sampling._sample),
+    *(prefill._prefill, kv_move._move, kv_move._checksum, sampling._sample),
 )
 WIDE = ("positions_ptr", "slots_ptr", "sums_ptr", "ids_ptr")
 NARROW = ("tables_ptr", "lengths_ptr", "firsts_ptr", "starts_ptr", "blocks_ptr", "pool_ptr", "staging_ptr", "top_k_ptr")

@@ -27,8 +27,25 @@ def test_a_dry_run_goes_through_every_case():
     assert done.returncode == 0, done.stderr
     for name in ("RMSNorm", "SiLU", "rotary", "decode attention", "prefill attention", "gather + checksum", "sampling"):
         assert name in done.stdout
-    assert "graphs on" in done.stdout and "graphs off" in done.stdout and "the floor" in done.stdout
+    for graphs in ("on ", "off"):
+        for in_flight in (1, 2):
+            assert f"graphs {graphs} in flight {in_flight}" in done.stdout
+    assert "the floor" in done.stdout
+    assert "KV between two processes, shm + checksum" in done.stdout and "of a device's own copy" in done.stdout
     assert sorted((ROOT / "bench" / "results").iterdir()) == results
+
+
+def test_the_batch_names_what_is_there():
+    """Its command is written once and run rarely: every test file and script in it exists, and is found by pytest."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--list"],
+        env=ENVIRON, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    named = [word for word in done.stdout.split() if word.startswith(("tests/", "bench/"))]
+    assert len(named) >= 10 and not [word for word in named if not (ROOT / word).exists()]
+    parts = [line.split("  ")[0] for line in done.stdout.splitlines()]
+    assert parts[:4] == ["kernels", "engine", "transfer", "cluster"]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 
 from distserve.core.types import Sampling, StepItem
 from distserve.engine.sampler import choose_tokens, uniform
+from distserve_kernels import batch_sampling
 from distserve_kernels import paged_reference as reference
 from tests.kernels.interpreted import DEVICE, modules, random
 
@@ -83,6 +84,19 @@ def test_banned_ids_are_never_drawn_and_ties_go_by_id() -> None:
     )
 
 
+def test_infinite_scores() -> None:
+    """Nothing is possible; one is; one or two are all."""
+    infinity = float("inf")
+    scores = torch.full((5, 60), -infinity, device=DEVICE)
+    scores[1, 7], scores[2, 7] = 2.0, 1e30
+    scores[3:] = 1.0
+    scores[3, 7] = scores[4, 7] = scores[4, 50] = infinity
+    ranked = Sampling(temperature=0.5, top_k=3, top_p=0.9)
+    for kind, point, last in ((KINDS[0], 0.5, 7), (KINDS[1], 0.0, 7), (KINDS[1], 0.999, 50), (ranked, 0.999, 50)):
+        for sample in (reference.sample, batch_sampling.sample, modules["sampling"].sample):
+            assert drawn(sample, scores, [kind] * 5, [point] * 5) == [0, 7, 7, 7, last]
+
+
 def test_the_shares_of_many_draws_are_the_probabilities() -> None:
     """Even points over [0, 1) hit each id as often as its share says, within one."""
     scores = random(1, 12, seed=8)
@@ -104,4 +118,5 @@ def test_a_large_vocabulary() -> None:
     kinds = [KINDS[i % len(KINDS)] for i in range(64)]
     points = [uniform(i, 3) for i in range(64)]
     wanted = as_the_engine(scores.cpu(), kinds, list(range(64)))
+    assert drawn(batch_sampling.sample, scores, kinds, points) == wanted
     assert drawn(modules["sampling"].sample, scores, kinds, points) == wanted

@@ -19,6 +19,7 @@ from distserve.core.types import (
     Load,
     Member,
     ModelSpec,
+    Placement,
     Request,
     Role,
     Sampling,
@@ -175,14 +176,14 @@ def test_the_cluster_counts_members_and_placements(registry: CollectorRegistry) 
     prefill, decode = member(P, Role.PREFILL), member(D, Role.DECODE)
     changed = events.MembersChanged(2, (prefill, decode))
     metrics.write(0.0, events.Joined(decode, Load()), [effects.Send(gateway, changed), effects.Send(P, changed)])
-    split = events.Dispatched("r", 1, prefill.endpoint, decode.endpoint)
-    whole = events.Dispatched("r", 1, decode.endpoint, decode.endpoint)
+    split = events.Dispatched("r", 1, prefill.endpoint, decode.endpoint, Placement.DISAGGREGATED)
+    whole = events.Dispatched("r", 1, decode.endpoint, decode.endpoint, Placement.OVERFLOW)
     refused = events.DispatchRefused("q", 1, Code.RESOURCE_EXHAUSTED, "full", 1.0)
     metrics.write(0.0, events.Tick(), [effects.Send(gateway, e) for e in (split, whole, whole, refused)])
     value = registry.get_sample_value
     assert [value("distserve_instances", {"role": r.value}) for r in Role] == [1, 1, 0]
-    assert value("distserve_dispatches_total", {"kind": "colocated"}) == 2
-    assert value("distserve_dispatches_total", {"kind": "disaggregated"}) == 1
+    counts = {"disaggregated": 1, "colocated": 0, "local": 0, "overflow": 2}
+    assert {kind: value("distserve_dispatches_total", {"kind": kind}) for kind in counts} == counts
     assert value("distserve_dispatch_refusals_total", {"code": "resource_exhausted"}) == 1
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import multiprocessing
 import queue
 from collections.abc import Sequence
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from distserve.core.types import InstanceRef, ModelSpec, StepPlan, Ticket
+from distserve.engine import native_stage
 from distserve.engine.collectives import open_groups
 from distserve.engine.config import EngineConfig
 from distserve.engine.runner import StepOutput
@@ -25,6 +28,7 @@ from distserve.instance.ranks.moves import Tally
 from distserve.kv.shard import Parallel
 from distserve.transfer import Mover, MoverEvent, StageSent, StageStored, TransferConfig
 from distserve.transfer.address import data_address
+from distserve_kernels.native.library import NativeUnavailable
 
 HOST = "127.0.0.1"
 WAIT_S = 100.0
@@ -51,7 +55,11 @@ class Ranks:
     def load(
         self, model: Path | str, layout: Parallel, *, first: int = 0, name: str = "one", **settings: Any
     ) -> Ranked:
-        """An instance of processes ``first`` …, each with its share of a model. Raises what a rank raised."""
+        """An instance of processes ``first`` …, each with its share of a model. Raises what a rank raised.
+
+        ``settings`` are an ``EngineConfig``'s, and ``messages`` (lanes share no memory), ``no_compiler_at`` (a rank),
+        ``most_rows`` (of native steps, for each rank).
+        """
         return Ranked(self._ends[first : first + layout.ranks], str(model), layout, InstanceRef(name, 1), settings)
 
     def close(self) -> None:
@@ -135,12 +143,22 @@ class _Rank:
         self, port: int, layout: Parallel, rank: int, ref: InstanceRef, settings: dict[str, Any]
     ) -> dict[str, Any]:
         self.close()
+        settings = dict(settings)
+        messages, torchless = settings.pop("messages", False), settings.pop("no_compiler_at", None) == rank
+        most_rows = settings.pop("most_rows", None)
         store = dist.TCPStore(HOST, port, is_master=False, wait_for_workers=False)
         lanes, pipe = open_groups(store, layout, rank, interface=HOST, device=torch.device("cpu"), timeout_s=WAIT_S)
         read: list[int] = []
-        engine = ShardEngine.load(
-            EngineConfig(**settings), layout, rank, lanes, pipe, lambda done, total, what: read.append(done)
-        )
+        with ExitStack() as held:
+            if messages:
+                held.enter_context(mock.patch.object(native_stage, "share_memory", lambda group, *_: group))
+            if most_rows is not None:
+                held.enter_context(mock.patch.object(native_stage, "most_native_rows", lambda _: most_rows[rank]))
+            if torchless:
+                held.enter_context(mock.patch.object(native_stage, "load", _no_compiler))
+            engine = ShardEngine.load(
+                EngineConfig(**settings), layout, rank, lanes, pipe, lambda done, total, what: read.append(done)
+            )
         tensor = engine.pool.tensor
         self._engine = engine
         self._mover = Mover(
@@ -159,6 +177,8 @@ class _Rank:
             "read": read[-1],
             "weights": engine.weight_bytes,
             "pool": tuple(tensor.shape),
+            "stage": type(engine.stage).__name__,
+            "lanes": type(engine.lanes).__name__,
             "address": self._mover.address,
         }
 
@@ -183,6 +203,10 @@ class _Rank:
         if self._mover is not None:
             self._mover.close()
         self._engine = self._mover = None
+
+
+def _no_compiler(*_: object) -> None:
+    raise NativeUnavailable("there is no compiler")
 
 
 def _serve(end: Connection) -> None:

@@ -76,15 +76,23 @@ def wait_for_end(pids: list[int]) -> None:
 
 
 async def test_p_tp2_to_d_tp1_and_a_rank_that_dies(model, oracle) -> None:
-    """Chunks are sent while the rest is read. A killed rank takes its instance down; a fresh one goes on."""
+    """Chunks are sent while the rest is read. A rank that is killed in the middle of a step takes its instance down,
+    long before any deadline; a fresh one goes on.
+    """
     settings = {P: {"tp": 2, "machine": {"prefill_chunk": 48}}}
     async with cluster(model, P, D, transfer="gloo", by_role=settings) as held:
         await check(held, oracle, 1)
         rank = children(held.parts["prefill-0"].pid)
         assert len(rank) == 1
+        os.kill(rank[0], signal.SIGSTOP)
+        prompt = prompts(7)[2]
+        going = asyncio.create_task(answer(held.shell, request("going", prompt, OUTPUT)))
+        await asyncio.sleep(0.5)  # rank 0 has begun the step, and waits for its other half
         os.kill(rank[0], signal.SIGKILL)
         assert await held.parts["prefill-0"].ended(DEADLINE_S) == 1
         await held.start("prefill-0", P).said("joined")
+        tokens, _ = await going
+        assert tokens == oracle(prompt, OUTPUT)
         await check(held, oracle, 2)
 
 

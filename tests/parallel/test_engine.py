@@ -17,7 +17,7 @@ from distserve.core.types import Sampling
 from distserve.engine.config import EngineConfig
 from distserve.engine.runner import Engine
 from distserve.kv.shard import KvCut, Parallel
-from distserve.models.errors import UnsupportedModel
+from distserve.models.errors import ModelError, UnsupportedModel
 from distserve.transfer import StageSent, StageStored
 from tests.engine.driver import Running, complete, run, step
 from tests.parallel.ranks import Ranks
@@ -74,12 +74,28 @@ def sequences(case: Case) -> list[Running]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_tokens_are_those_of_transformers(ranks, cases, layout, family):
-    """Whole prompts, chunks beside decodes, then a batch that decodes. 3 layers: stages of 2 and 1."""
+EVERYTHING = [(layout, family, "native") for layout in LAYOUTS for family in FAMILIES]
+IN_TORCH = [(layout, "llama", "torch") for layout in LAYOUTS] + [
+    (LAYOUTS[0], f, "torch") for f in FAMILIES if f != "llama"
+]
+BY_MESSAGES = [(LAYOUTS[0], family, "messages") for family in ("llama_tied", "opt")] + [
+    (LAYOUTS[3], "qwen3", "messages")
+]
+STAGES = {"native": "NativeStage", "messages": "NativeStage", "torch": "TorchStage"}
+
+
+@pytest.mark.parametrize(("layout", "family", "kernels"), EVERYTHING + IN_TORCH + BY_MESSAGES, ids=str)
+def test_tokens_are_those_of_transformers(ranks, cases, layout, family, kernels):
+    """Whole prompts, chunks beside decodes, then a batch that decodes. 3 layers: stages of 2 and 1.
+
+    Lanes of native kernels meet in memory, or by messages as on several machines.
+    """
     case = cases[family]
-    one = ranks.load(case.directory, layout)
+    settings = {"kernels": "native", "messages": True} if kernels == "messages" else {"kernels": kernels}
+    one = ranks.load(case.directory, layout, **settings)
+    assert {facts["stage"] for facts in one.facts} == {STAGES[kernels]}
+    if layout.tp > 1:
+        assert {facts["lanes"] for facts in one.facts} == {"GroupedLanes" if kernels == "native" else "LaneGroup"}
     batch = sequences(case)
     run(one, batch[:2], 3)
     while any(len(s.output) < OUTPUT for s in batch):
@@ -159,10 +175,22 @@ def test_random_weights_are_the_same_model_however_it_is_cut(ranks, cases, layou
         assert (token.id, token.logprob) == (same.id, pytest.approx(same.logprob, abs=1e-4))
 
 
-def test_bfloat16_is_near(ranks, cases):
+def test_torch_too_sums_in_shared_memory(ranks, cases):
+    """Native kernels are there, but do not fit: they keep no KV of another dtype."""
+    case, settings = cases["opt"], {"kv_dtype": "bfloat16"}
+    one = Engine.load(EngineConfig(model=str(case.directory), pool_blocks=96, **settings))
+    cut = ranks.load(case.directory, Parallel(2, 1), **settings)
+    assert [(facts["stage"], facts["lanes"]) for facts in cut.facts] == [("TorchStage", "GroupedLanes")] * 2
+    wanted = Sampling(temperature=0.0, logprobs=3)
+    expected, found = (complete(engine, case.prompts[2], 1, sampling=wanted)[0] for engine in (one, cut))
+    assert (found.id, found.logprob) == (expected.id, pytest.approx(expected.logprob, abs=0.01))
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_bfloat16_is_near(ranks, cases, kernels):
     case = cases["llama"]
     exact = Engine.load(EngineConfig(model=str(case.directory), pool_blocks=96))
-    low = ranks.load(case.directory, Parallel(2, 2), dtype="bfloat16")
+    low = ranks.load(case.directory, Parallel(2, 2), dtype="bfloat16", kernels=kernels)
     wanted = Sampling(temperature=0.0, logprobs=VOCAB_SIZE)
     a = dict(complete(exact, case.prompts[2], 1, sampling=wanted)[0].top)
     b = dict(complete(low, case.prompts[2], 1, sampling=wanted)[0].top)
@@ -177,3 +205,26 @@ def test_bfloat16_is_near(ranks, cases):
 def test_a_cut_that_cannot_be_is_refused_with_a_sentence(ranks, cases, layout, words):
     with pytest.raises(UnsupportedModel, match=words):
         ranks.load(cases["llama"].directory, layout)
+
+
+@pytest.mark.parametrize(("layout", "without"), [(Parallel(2, 1), 1), (Parallel(2, 2), 2)], ids=str)
+def test_where_one_rank_cannot_do_native_all_do_torch(ranks, cases, layout, without):
+    """Lanes and stages of the two kinds would not understand each other."""
+    case = cases["qwen2"]
+    cut = ranks.load(case.directory, layout, no_compiler_at=without)
+    assert [facts["stage"] for facts in cut.facts] == ["TorchStage"] * layout.ranks
+    batch = sequences(case)
+    run(cut, batch, OUTPUT)
+    assert [s.output_ids for s in batch] == list(case.answers)
+    with pytest.raises(ModelError, match="native kernels were asked for, but another rank has no"):
+        ranks.load(case.directory, layout, no_compiler_at=without, kernels="native")
+
+
+def test_ranks_agree_on_the_steps_that_are_native(ranks, cases):
+    """Where oneDNN has matrix tiles, longer steps are torch's; machines may differ in what they have."""
+    case = cases["llama3"]
+    cut = ranks.load(case.directory, Parallel(2, 2), most_rows=(None, 20, 8, 60))
+    assert [facts["stage"] for facts in cut.facts] == ["BothStages"] * 4
+    batch = sequences(case)
+    run(cut, batch, OUTPUT)
+    assert [s.output_ids for s in batch] == list(case.answers)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from distserve.core.effects import AbortSend, CloseTicket, OpenTicket, SendStage
 from distserve.core.types import InstanceRef, Sampling, StepItem, StepPlan, Token
+from distserve.engine.config import EngineConfig
 from distserve.engine.microbatches import cut_step
 from distserve.instance.ranks.crew import Crew, RankLost
 from distserve.instance.ranks.frames import (
@@ -25,7 +26,9 @@ from distserve.instance.ranks.frames import (
     tokens_of,
 )
 from distserve.instance.ranks.link import LinkClosed, RankLink, proof
+from distserve.instance.ranks.muster import Orders, started_place, welcome_of
 from distserve.instance.ranks.place import BadPlace, place_of, rank_device
+from distserve.instance.ranks.worker import told_config
 from distserve.kv.shard import Parallel
 from distserve.transfer import StageCorrupt, StageFailed, StageSent, StageStored
 from distserve.v1 import ranks_pb2 as pb
@@ -139,6 +142,36 @@ def test_a_place_is_read_from_the_environment_or_refused_in_a_sentence() -> None
         with pytest.raises(BadPlace):
             place_of(PLACED | wrong, Parallel(2, 2))
     assert [rank_device(name, 2) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:2", "cuda:3"]
+
+
+def test_ranks_of_a_machine_have_cores_of_their_own_where_they_suffice() -> None:
+    layout = Parallel(2, 1)
+    first = started_place(layout, 1)
+    second = place_of(first.environ() | {"RANK": "1", "LOCAL_RANK": "1"}, layout)
+    assert second is not None
+    assert [place.cores((4, 5, 6, 7), 2) for place in (first, second)] == [(4, 5), (6, 7)]
+    assert [place.cores((4, 5, 6), 2) for place in (first, second)] == [(4, 5, 6)] * 2
+    assert second.cores((), 1) == ()
+    elsewhere = place_of(PLACED, Parallel(2, 2))  # not told how many ranks are on its machine
+    assert elsewhere is not None and elsewhere.cores((0, 1), 1) == (0, 1)
+
+
+def test_every_rank_is_told_what_the_instance_was_told() -> None:
+    config = EngineConfig(
+        model="m",
+        dtype="bfloat16",
+        pool_blocks=7,
+        block_size=8,
+        max_model_len=99,
+        threads=3,
+        kernels="native",
+        cuda_graphs="off",
+    )
+    orders = Orders(HERE, Parallel(2, 2), "shm", 30.0, "info", b"", (b"k",), 0)
+    sent = welcome_of(config, orders, (2, 3))
+    welcome = pb.RankWelcome.FromString(sent.SerializeToString())
+    assert told_config(welcome, 1) == config
+    assert tuple(welcome.cores) == (2, 3)
 
 
 class Watched:

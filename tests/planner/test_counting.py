@@ -9,7 +9,7 @@ import pytest
 
 from distserve.core.types import Role
 from distserve.sched.batching import BatchPolicy
-from distserve_planner.simulation.deployment import Deployment, InstanceSpec, on_ports
+from distserve_planner.simulation.deployment import Deployment, InstanceSpec, on_ports, open_door
 from distserve_planner.simulation.quick import QuickWorld, covers
 from distserve_planner.simulation.run import simulate
 from distserve_planner.simulation.tally import NotCounted
@@ -70,6 +70,17 @@ def drawn(seed: int) -> tuple[Deployment, Workload]:
 def test_drawn_cases() -> None:
     counted = sum(same(*drawn(seed)) for seed in range(60))
     assert counted >= 50, f"counts declined in {60 - counted} of 60 cases"
+
+
+def test_drawn_cases_in_which_prompts_overflow() -> None:
+    counted = spilt = 0
+    for seed in range(30):
+        deployment, workload = drawn(seed)
+        deployment = replace(deployment, cluster=open_door(random.Random(seed).choice((1, 200, 800))))
+        counted += same(deployment, workload)
+        trails = simulate(deployment, workload).trails
+        spilt += sum(deployment.instances[t.prefill].role is Role.DECODE for t in trails)
+    assert counted >= 25 and spilt > 150
 
 
 def test_what_counts_do_not_cover_goes_to_the_machines() -> None:

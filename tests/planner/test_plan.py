@@ -69,6 +69,7 @@ def changed(**changes: object) -> dict[str, object]:
         (changed(slo={"ttft_s": 0.2, "tpot_s": 0.1}), "plan.slo: 'attainment' is missing"),
         (changed(slo={"ttft_s": float("nan"), "tpot_s": 0.1, "attainment": 0.9}), "not of type float"),
         (changed(links={}), "a list is needed"),
+        (changed(overflow_prefill_tokens=-1), "must not be negative"),
         (changed(instances=[plain(PLAN)["instances"][0]]), "needs prefill and decode"),
         (changed(instances=[plain(PLAN)["instances"][0]] * 2), "the same id"),
     ],

@@ -29,6 +29,8 @@ from distserve.profiling.verify import (
 from distserve_planner.latency.profile import write_profile
 from distserve_planner.plan import Batching, Plan, Stage, read_plan, write_plan
 from distserve_planner.refusal import CannotPlan
+from distserve_planner.replanning.running import Running
+from distserve_planner.simulation.deployment import open_door
 from distserve_planner.simulation.shared import simulate_shared
 from distserve_planner.slo import classes_of
 from tests.planner.test_profile import profile
@@ -76,6 +78,25 @@ def test_serve_takes_counts_roles_threads_and_limits_of_a_plan(folder: Path) -> 
     machine = found.instance
     assert (machine.max_batch_tokens, machine.max_mixed_tokens, machine.prefill_chunk) == (1024, 300, 256)
     assert (machine.max_sequences, machine.prefix_cache) == (16, False)
+
+
+def test_overflow_is_simulated_planned_served_and_verified_alike(folder: Path) -> None:
+    asked = ["simulate", "--model", "tiny", "--profile", str(folder / "profile.json"), *SLO, "--rate", "30"]
+    asked += ["--prefill", "n=1", "--decode", "n=1", "--requests", str(folder / "trace.jsonl")]
+    how = ["--overflow-prefill-tokens", "300", "--max-mixed-tokens", "96"]
+    document = {}
+    for name, flags in (("without", []), ("with", how)):
+        out = ["--json", str(folder / name), "--out", str(folder / "plan.yaml")]
+        assert main([*asked, *flags, *out]) == 0
+        document[name] = json.loads((folder / name).read_text())
+    assert document["with"]["attainment"] > document["without"]["attainment"] + 0.2
+    served = options(folder / "plan.yaml")
+    assert (served.cluster.overflow_prefill_tokens, served.instance.max_mixed_tokens) == (300, 96)
+    verified = trial(folder).machine
+    assert verified.cluster == open_door(300) and verified.config.max_mixed_tokens == 96
+    running = Running(read_plan(folder / "plan.yaml"), trial(folder).workload, str(folder / "profile.json"))
+    trails = running.result(verified.roles).trails
+    assert {(t.prefill, t.decode) for t in trails} == {(0, 1), (1, 1)}, "replanning simulates it, too"
 
 
 def test_degrees_of_the_phases_go_to_their_options(folder: Path) -> None:

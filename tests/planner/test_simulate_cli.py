@@ -83,6 +83,8 @@ def test_a_request_that_fits_nowhere_is_told(tmp_path: Path, capsys: pytest.Capt
         (["--mixed", "tp=1"], "give --prefill and --decode, or --mixed alone"),
         (["--policy", "vllm"], "there is no policy 'vllm'"),
         (["--slo", "ttft=0.2"], "needs both limits"),
+        (["--overflow-prefill-tokens", "-1"], "--overflow-prefill-tokens: -1 is not a whole number of at least 0"),
+        (["--max-mixed-tokens", "0"], "--max-mixed-tokens: 0 is not a whole number of at least 1"),
         (["--slo", "ttft=fast,tpot=1"], "is not a number"),
         (["--slo", "ttft=0.2,tpot=0.1,attainment=90"], "an attainment at most 1"),
         (["--requests", "/nowhere.json"], "cannot be read"),

@@ -13,7 +13,7 @@ import pytest
 from distserve.core.types import Role
 from distserve.sched.batching import BatchPolicy
 from distserve_planner.refusal import CannotPlan
-from distserve_planner.simulation.deployment import Deployment, on_ports
+from distserve_planner.simulation.deployment import Deployment, on_ports, open_door
 from distserve_planner.simulation.result import Slo
 from distserve_planner.simulation.run import simulate
 from distserve_planner.workload import Job, Workload
@@ -31,6 +31,10 @@ CASES = {
     "two stages": (split(model=StraightLinear(stages=2)), jobs(120, 14.0, 9)),
     "shared prefixes": (mixed(2, prefix_cache=True, kv_tokens=1 << 13), prefixed(120, 12.0, 11)),
     "shared prefixes, handed off": (split(prefix_cache=True, kv_tokens=1 << 13), prefixed(120, 12.0, 12)),
+    "prompts overflow": (
+        replace(split(1, 2, batching=BatchPolicy.CHUNKED), cluster=open_door(300)),
+        jobs(150, 40.0, 13),
+    ),
     "hand-offs in chunks": (split(batching=BatchPolicy.CHUNKED), jobs(120, 8.0, 10)),
 }
 
@@ -49,6 +53,8 @@ def test_the_cases_reach_what_they_are_named_for() -> None:
     assert preempting.instances[1].preemptions > 0
     for name in ("shared prefixes", "shared prefixes, handed off"):
         assert sum(t.cached for t in simulate(*CASES[name]).trails) > 5000
+    spilling = [(t.prefill, t.decode) for t in simulate(*CASES["prompts overflow"]).trails]
+    assert min(map(spilling.count, ((0, 1), (0, 2), (1, 1), (2, 2)))) > 10
     held = simulate(*CASES["back-pressure"])
     waits = [t.owned - t.first for t in held.trails if t.output > 1]
     assert max(waits) > 1.0, "nobody waited for a ticket"

@@ -71,6 +71,12 @@ def moves_in(me: Member, seed: int) -> list[tuple[float, InstanceEvent]]:
     return events
 
 
+def overflowing(me: Member, seed: int) -> list[tuple[float, InstanceEvent]]:
+    """Moves, and between them prompts that are to be read and decoded here."""
+    local = [(at, replace(e, request=replace(e.request, id=f"local {e.request.id}"))) for at, e in submits(me, seed)]
+    return sorted([*moves_in(me, seed), *local[::2]], key=lambda due: due[0])
+
+
 @dataclass
 class Recorder:
     """A machine that notes what it decided, without the times that only measure."""
@@ -119,6 +125,7 @@ class Live:
     steps: list[float] = field(default_factory=list)
     given: list[tuple[float, InstanceEvent]] = field(default_factory=list)
     inbox: Inbox = field(init=False)
+    plan: StepPlan = field(init=False)
     sources: Arrived = field(default_factory=lambda: Arrived(random.Random(5)))
 
     def live(self) -> None:
@@ -141,11 +148,16 @@ class Live:
             self.inbox.put(event)
 
     # the engine
-    def run(self, plan: StepPlan) -> Any:
+    depth = 1
+
+    def submit(self, plan: StepPlan) -> None:
+        self.plan = plan
+
+    def wait(self) -> Any:
         seconds = self.rng.uniform(0.005, 0.04)
         self.steps.append(seconds)
         self.pass_to(self.now + seconds)
-        tokens = tuple((i.request_id, Token(0)) for i in plan.items if i.sample)
+        tokens = tuple((i.request_id, Token(0)) for i in self.plan.items if i.sample)
         return _Output(tokens, seconds)
 
     def give_up(self, number: int) -> None: ...
@@ -229,7 +241,9 @@ def simulated(me: Member, settings: Any, live: Live) -> Recorder:
 
 
 @pytest.mark.parametrize("batching", list(BatchPolicy))
-@pytest.mark.parametrize(("role", "events"), [(Role.MIXED, submits), (Role.DECODE, moves_in)])
+@pytest.mark.parametrize(
+    ("role", "events"), [(Role.MIXED, submits), (Role.DECODE, moves_in), (Role.DECODE, overflowing)]
+)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_same_events_same_step_times_same_decisions(role: Role, events: Any, batching: BatchPolicy, seed: int) -> None:
     me, settings = (

@@ -165,7 +165,7 @@ class Instance:
         self.heard: Callable[[InstanceEvent], None] = lambda event: None
         self.after: Callable[[Any], None] = lambda said: None
         self._journal = journal
-        forward = self.engine._forward
+        forward = self.engine.forward
         assert isinstance(forward, TorchForward)
         layers = forward._model.layers  # type: ignore[attr-defined]
         layers[:] = [self._counted(layer) for layer in layers]

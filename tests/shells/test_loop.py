@@ -17,11 +17,13 @@ from distserve.core.events import (
     GatewayLost,
     MembersChanged,
     PeerLost,
+    StepAbandoned,
     StepDone,
     StepFailed,
     Tick,
 )
 from distserve.core.types import GatewayRef, InstanceRef, Load, StepPlan, Ticket, Token
+from distserve.engine.stopping import StepGivenUp
 from distserve.instance.inbox import Inbox
 from distserve.instance.loop import EngineBroken, StepLoop, Turn
 from distserve.sched.awaiting import Awaiting
@@ -75,8 +77,16 @@ class Parts:
 
     on_run: Callable[[StepPlan], None] = lambda plan: None
     log: list[Any] = field(default_factory=list)
+    depth: int = 1
+    plans: list[StepPlan] = field(default_factory=list)
 
-    def run(self, plan: StepPlan) -> Output:
+    def submit(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+        if self.depth > 1:
+            self.log.append(("submit", plan.number))
+
+    def wait(self) -> Output:
+        plan = self.plans.pop(0)
         self.log.append(("run", plan.number))
         self.on_run(plan)
         return Output((("r1", Token(plan.number)),))
@@ -231,7 +241,61 @@ def test_questions_are_answered_in_turn_and_refused_after_the_end() -> None:
     assert inbox.ask(lambda: 44).cancelled()
 
 
-def test_two_steps_at_once_are_a_bug_of_the_machine() -> None:
+def test_steps_are_submitted_as_soon_as_they_are_planned_and_waited_for_in_order() -> None:
+    inbox = Inbox()
+    machine = Machine({GatewayAttached: [[step(1), step(2)]], StepDone: [[step(3)], [], []]})
+    parts = Parts(lambda plan: inbox.stop() if plan.number == 3 else None, depth=2)
+    inbox.put(START)
+    run(machine, parts, inbox)
+    order = [entry for entry in parts.log if entry[0] != "say"]
+    assert order == [("submit", 1), ("submit", 2), ("run", 1), ("submit", 3), ("run", 2), ("run", 3)]
+    assert [e.number for e in machine.seen if isinstance(e, StepDone)] == [1, 2]
+
+
+def test_what_was_planned_behind_a_step_that_did_not_end_is_void() -> None:
+    """Step 3 was planned by a message that came while step 1 was given up: it is not even submitted."""
+    inbox = Inbox()
+    machine = Machine(
+        {GatewayAttached: [[step(1), step(2)]], GatewayLost: [[step(3)]], StepAbandoned: [[], [], [step(4)]]}
+    )
+
+    def given_up(plan: StepPlan) -> None:
+        if plan.number == 4:
+            inbox.stop()
+            return
+        if plan.number == 1:
+            inbox.put(GatewayLost(GatewayRef("other", 1)))
+        raise StepGivenUp(f"step {plan.number}")
+
+    parts = Parts(given_up, depth=2)
+    inbox.put(START)
+    run(machine, parts, inbox)
+    assert [entry for entry in parts.log if entry[0] in ("submit", "run")] == [
+        ("submit", 1), ("submit", 2), ("run", 1), ("run", 2), ("submit", 4), ("run", 4),
+    ]  # fmt: skip
+    ends = [e for e in machine.seen if isinstance(e, StepAbandoned)]
+    assert ends == [StepAbandoned(1), StepAbandoned(2), StepAbandoned(3)]
+
+
+def test_once_nobody_waits_each_step_is_given_up_in_its_turn() -> None:
+    inbox = Inbox()
+    machine = Machine({GatewayAttached: [[step(1), step(2)]]})
+
+    def run_step(plan: StepPlan) -> None:
+        if plan.number == 1:
+            inbox.put(Abandon(GATEWAY, "r1", 1))
+        else:
+            inbox.stop()
+
+    parts = Parts(run_step, depth=2)
+    inbox.put(START)
+    run(machine, parts, inbox)
+    assert [entry for entry in parts.log if entry[0] in ("give up", "run")] == [
+        ("run", 1), ("give up", 1), ("give up", 2), ("run", 2),
+    ]  # fmt: skip
+
+
+def test_more_steps_than_the_engine_takes_are_a_bug_of_the_machine() -> None:
     inbox = Inbox()
     inbox.put(START)
     with pytest.raises(RuntimeError, match="step 2 was asked for while step 1 is outstanding"):

@@ -23,14 +23,21 @@ class Output:
 class Engine:
     """Runs until told to go on; tells when it began."""
 
+    depth = 2
+
     def __init__(self, free: bool) -> None:
         self.go_on = threading.Event()
         self.began = threading.Event()
         self.given_up = 0
+        self.plans: list[StepPlan] = []
         if free:
             self.go_on.set()
 
-    def run(self, plan: StepPlan) -> Output:
+    def submit(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+
+    def wait(self) -> Output:
+        plan = self.plans.pop(0)
         self.began.set()
         assert self.go_on.wait(WAIT_S)
         if plan.number == 13:
@@ -59,10 +66,15 @@ def watched(engine: Engine, limit_s: float) -> Iterator[tuple[WatchedEngine, lis
         assert not made._thread.is_alive()
 
 
+def step_of(engine: WatchedEngine, number: int) -> object:
+    engine.submit(StepPlan(number, ()))
+    return engine.wait()
+
+
 def test_a_step_that_hangs_is_told_once_in_a_sentence() -> None:
     engine = Engine(free=False)
     with watched(engine, 0.05) as (made, said, late):
-        step = threading.Thread(target=made.run, args=(StepPlan(7, ()),))
+        step = threading.Thread(target=step_of, args=(made, 7))
         step.start()
         assert late.wait(WAIT_S)
         engine.go_on.set()
@@ -78,12 +90,12 @@ def test_steps_that_end_are_never_late_and_the_next_hang_is_still_seen() -> None
         for number in range(200):
             if number == 13:
                 with pytest.raises(RuntimeError):
-                    made.run(StepPlan(number, ()))
+                    step_of(made, number)
             else:
-                assert made.run(StepPlan(number, ())) is not None
+                assert step_of(made, number) is not None
         assert not late.wait(0.5), "idle for longer than the limit is not late"
         engine.go_on.clear()
-        step = threading.Thread(target=made.run, args=(StepPlan(201, ()),))
+        step = threading.Thread(target=step_of, args=(made, 201))
         step.start()
         assert late.wait(WAIT_S)
         engine.go_on.set()
@@ -94,7 +106,7 @@ def test_steps_that_end_are_never_late_and_the_next_hang_is_still_seen() -> None
 def test_giving_a_step_up_goes_through_while_it_runs() -> None:
     engine = Engine(free=False)
     with watched(engine, 60.0) as (made, said, _):
-        step = threading.Thread(target=made.run, args=(StepPlan(7, ()),))
+        step = threading.Thread(target=step_of, args=(made, 7))
         step.start()
         assert engine.began.wait(WAIT_S)
         made.give_up(7)
@@ -118,3 +130,18 @@ def test_options_that_cannot_be_are_refused_in_a_sentence(changed: dict[str, obj
     with pytest.raises(ValueError, match=words):
         options.check()
     InstanceOptions(id="i", model="m", model_name="m", controller="h:1", advertise="[::1]:5").check()
+
+
+def test_a_step_behind_another_has_its_time_from_when_that_one_ends() -> None:
+    engine = Engine(free=True)
+    with watched(engine, 60.0) as (made, said, _):
+        for number in (7, 8):
+            made.submit(StepPlan(number, ()))
+        first = made._running
+        assert first is not None and first[0] == 7
+        made.wait()
+        second = made._running
+        assert second is not None and second[0] == 8 and second[1] >= first[1]
+        made.wait()
+        assert made._running is None
+        assert not said

@@ -24,10 +24,11 @@ import xxhash
 from distserve.core.types import InstanceRef, Ticket
 from distserve.engine.native import native_copies
 from distserve.transfer import Mover, MoverEvent, TransferConfig
+from distserve.transfer.ipc import LENT
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 8
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def make_pool(seed: int, blocks: int, block_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -57,7 +58,7 @@ def copy_tokens(
 
 
 def digest(pool: torch.Tensor) -> str:
-    return str(xxhash.xxh3_64_hexdigest(pool.view(torch.uint8).numpy().data))
+    return str(xxhash.xxh3_64_hexdigest(pool.cpu().view(torch.uint8).numpy().data))
 
 
 def make_ticket(
@@ -104,9 +105,16 @@ class Remote:
     """A mover in a process of its own. ``close`` ends the process whatever state it is in."""
 
     def __init__(
-        self, ref: InstanceRef, seed: int, blocks: int, block_size: int, kind: str, config: dict[str, Any] | None = None
+        self,
+        ref: InstanceRef,
+        seed: int,
+        blocks: int,
+        block_size: int,
+        kind: str,
+        config: dict[str, Any] | None = None,
+        device: str = "cpu",
     ) -> None:
-        self._setup = (seed, blocks, block_size, kind, config or {})
+        self._setup = (seed, blocks, block_size, kind, config or {}, device)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.transfer.peers"],
@@ -206,11 +214,19 @@ class _Other:
         self.say({"event": type(event).__name__} | asdict(event))
 
     def start(
-        self, name: str, incarnation: int, seed: int, blocks: int, block_size: int, kind: str, config: dict[str, Any]
+        self,
+        name: str,
+        incarnation: int,
+        seed: int,
+        blocks: int,
+        block_size: int,
+        kind: str,
+        config: dict[str, Any],
+        device: str,
     ) -> str:
         if self.mover is not None:
             self.mover.close()
-        self.pool = make_pool(seed, blocks, block_size)
+        self.pool = make_pool(seed, blocks, block_size).to(device)
         self.mover = Mover(
             InstanceRef(name, incarnation),
             self.pool,
@@ -233,9 +249,22 @@ class _Other:
     def digest(self) -> str:
         return digest(self.pool)
 
+    def bytes(self) -> str:
+        """The whole pool, in hexadecimal."""
+        return bytes(self.pool.cpu().view(torch.uint8).numpy()).hex()
+
+    def close_ticket(self, move_id: str) -> None:
+        assert self.mover is not None
+        self.mover.close_ticket(move_id)
+
     def counts(self) -> dict[str, int]:
         assert self.mover is not None
         return self.mover.counts()
+
+    def lent(self) -> int:
+        """Lanes whose device memory is still mapped by others."""
+        LENT.sweep()
+        return len(LENT)
 
     def cpu(self) -> float:
         return time.process_time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from distserve.engine.config import EngineConfig
+from distserve.engine.native import native_copies
 from distserve.instance.ranks.engine import RankedEngine
 from distserve.instance.ranks.moves import RankedDataPlane, Tally
 from distserve.instance.ranks.muster import Mustered, Orders, Processes, muster
@@ -33,6 +34,7 @@ class RankedInstance:
         self._tally = Tally(orders.parallel.ranks, report)
         self._processes = Processes()
         self._mustered: Mustered | None = None
+        self._kernels = "auto"
 
     def load(self, config: EngineConfig, progress: Progress, mark: Mark = unmarked) -> RankedEngine:
         """Bring the ranks together and load. Raises ModelError, BadPlace or RankLost with a sentence."""
@@ -50,7 +52,8 @@ class RankedInstance:
             )
         except RuntimeError as error:
             raise BadPlace(f"the ranks of {self._orders.ref.id} did not come together: {error}") from error
-        return RankedEngine(self._mustered.engine, self._mustered.crew)
+        self._kernels = config.kernels
+        return RankedEngine(self._mustered.engine, self._mustered.crew, config.steps_in_flight)
 
     def data_plane(self, config: TransferConfig) -> RankedDataPlane:
         """Rank 0's own mover and the others', as one. It ends the ranks when it is closed."""
@@ -66,6 +69,7 @@ class RankedInstance:
             config=config,
             cut=engine.cut,
             rank=0,
+            native=native_copies(self._kernels),
         )
         address = data_address(self._orders.parallel, (own.address, *self._mustered.data_addresses))
         return RankedDataPlane(own, self._mustered.crew, self._tally, address, self._close)

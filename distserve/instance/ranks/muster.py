@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +39,7 @@ from distserve.transfer import MoverEvent
 from distserve.v1 import ranks_pb2 as pb
 from distserve.wire.channels import address_of
 from distserve.wire.convert import to_message
+from distserve_kernels.cores import as_process
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -64,6 +65,7 @@ class Orders:
     key: bytes  # that placed ranks must know; empty: none
     data_keys: tuple[bytes, ...]
     data_port: int  # of rank 0's data plane; rank n's is n further; 0: any
+    cores: tuple[int, ...] = ()  # that the ranks of this machine keep to; none: any
 
 
 @dataclass(slots=True)
@@ -128,17 +130,19 @@ def muster(
     length = max_model_len(shape, config.max_model_len)
     local = orders.parallel.ranks if place is None else place.local_world
     config = sized_for_ranks(config, shape, length, orders.parallel, local)
+    started = place is None
     if place is None:
         keeper = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-        place = Place(0, orders.parallel.ranks, LOOPBACK, keeper.port, 0, keeper=True)
+        place = started_place(orders.parallel, keeper.port)
         store: dist.Store = place.prefixed(keeper)
         links = _start(place, processes)
     else:
         store = place.store(MEET_S)
         links = _await(place, store, orders)
     try:
-        for link in links.values():
-            link.send(pb.RankFrame(welcome=_welcome(config, orders)))
+        for rank, link in links.items():
+            told = replace(place, rank=rank, local_rank=rank).cores(orders.cores, config.threads) if started else ()
+            link.send(pb.RankFrame(welcome=welcome_of(config, orders, told)))
     except LinkClosed as error:
         raise BadPlace(f"a rank ended before it was told what to do: {error}") from None
     crew = Crew(links, orders.parallel, orders.timeout_s, lost=lost, asked=asked, report=report)
@@ -163,13 +167,19 @@ def muster(
     return Mustered(engine, crew, tuple(ready[rank].data_address for rank in sorted(ready)), store)
 
 
+def started_place(parallel: Parallel, port: int) -> Place:
+    """Rank 0's place where it starts all others itself."""
+    return Place(0, parallel.ranks, LOOPBACK, port, 0, keeper=True, local_world=parallel.ranks)
+
+
 def _start(place: Place, processes: Processes) -> dict[int, RankLink]:
     """Start the other ranks on this machine; each is tied to us by a pair of sockets, which outlives neither end."""
     links: dict[int, RankLink] = {}
     for rank in range(1, place.world):
         ours, theirs = socket.socketpair()
         told = replace(place, rank=rank, local_rank=rank).environ() | {LINK_VARIABLE: str(theirs.fileno())}
-        processes.start(told, theirs.fileno())
+        with as_process():  # it loads beside us; which cores its steps keep to it is told later
+            processes.start(told, theirs.fileno())
         theirs.close()
         links[rank] = RankLink(ours, SEND_S)
         _challenge(links[rank], b"")
@@ -230,7 +240,8 @@ def _hear(link: RankLink, key: bytes, nonce: bytes, timeout_s: float) -> int:
     return int(hello.rank)
 
 
-def _welcome(config: EngineConfig, orders: Orders) -> pb.RankWelcome:
+def welcome_of(config: EngineConfig, orders: Orders, cores: Sequence[int]) -> pb.RankWelcome:
+    """What a rank is told. ``cores``: its own; empty where it was started by others, who know its machine."""
     return pb.RankWelcome(
         instance=to_message(orders.ref),
         tp=orders.parallel.tp,
@@ -248,4 +259,7 @@ def _welcome(config: EngineConfig, orders: Orders) -> pb.RankWelcome:
         log_level=orders.log_level,
         data_keys=orders.data_keys,
         data_port=orders.data_port,
+        kernels=config.kernels,
+        cuda_graphs=config.cuda_graphs,
+        cores=cores,
     )

@@ -1,5 +1,6 @@
 """Which rank this process is, and where the ranks of its instance meet: told by torchrun or Kubernetes through the
-environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK), or by rank 0 when it starts the others itself.
+environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK, LOCAL_WORLD_SIZE), or by rank 0 when it starts the
+others itself.
 
 The meeting point is a store of ``torch.distributed`` that rank 0 keeps (under torchrun, its agent does). It holds two
 things: where rank 0 listens, and what process groups need to find each other.
@@ -7,7 +8,7 @@ things: where rank 0 listens, and what process groups need to find each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from distserve.kv.shard import Parallel
 from distserve.wire.channels import own_host
+from distserve_kernels.cores import share_cores
 
 ADDRESS_KEY = "distserve/address-of-rank-0"
 
@@ -35,6 +37,12 @@ class Place:
     keeper: bool  # whether this process keeps the store
     local_world: int = 1  # ranks on its machine
     attempt: str = "0"  # of the whole group of processes; stores that outlive it tell attempts apart by this
+
+    def cores(self, cores: Sequence[int], threads: int) -> tuple[int, ...]:
+        """This rank's own of the cores that its instance keeps to here; all of them where they do not suffice."""
+        if self.local_rank >= self.local_world:  # nobody said how many ranks share this machine
+            return tuple(cores)
+        return share_cores(cores, [max(1, threads)] * self.local_world)[self.local_rank] or tuple(cores)
 
     @property
     def interface(self) -> str:
@@ -69,6 +77,7 @@ class Place:
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world),
             "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
             "MASTER_ADDR": self.host,
             "MASTER_PORT": str(self.port),
         }

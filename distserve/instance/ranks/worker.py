@@ -16,7 +16,8 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -26,6 +27,7 @@ from distserve.core.effects import AbortSend, CloseTicket, OpenTicket, SendStage
 from distserve.core.types import InstanceRef, StepPlan
 from distserve.engine.collectives import open_groups
 from distserve.engine.config import EngineConfig
+from distserve.engine.native import native_copies
 from distserve.engine.shard import ShardEngine
 from distserve.instance.progress import LoadProgress
 from distserve.instance.ranks.frames import Order, moved_frame, order_of, step_plan, tokens_frame
@@ -37,6 +39,7 @@ from distserve.observe.log import set_up
 from distserve.transfer import Mover, TransferConfig
 from distserve.v1 import ranks_pb2 as pb
 from distserve.wire.convert import from_message
+from distserve_kernels.cores import keep_to
 
 log = logging.getLogger(__name__)
 STOPPED, BROKE, CANNOT_START = 0, 1, 2
@@ -66,8 +69,10 @@ def main() -> int:
     return run(place, b"", RankLink(socket.socket(fileno=fd), SEND_S), host="127.0.0.1")
 
 
-def run_placed(place: Place, key: bytes, host: str) -> int:
-    """A rank that torchrun, Kubernetes or an operator started. ``host`` is where its data plane listens."""
+def run_placed(place: Place, key: bytes, host: str, cores: Sequence[int] = ()) -> int:
+    """A rank that torchrun, Kubernetes or an operator started. ``host`` is where its data plane listens, ``cores`` are
+    what the ranks of this machine keep to.
+    """
     set_up(f"rank {place.rank}", "info")
     try:
         store = place.store(MEET_S)
@@ -77,11 +82,11 @@ def run_placed(place: Place, key: bytes, host: str) -> int:
     except (BadPlace, RuntimeError, OSError) as error:
         log.error("rank 0 cannot be reached: %s", str(error).splitlines()[0])
         return CANNOT_START
-    return run(place, key, RankLink(sock, SEND_S), host)
+    return run(place, key, RankLink(sock, SEND_S), host, cores)
 
 
-def run(place: Place, key: bytes, link: RankLink, host: str) -> int:
-    """Serve rank 0 over a link until it ends."""
+def run(place: Place, key: bytes, link: RankLink, host: str, cores: Sequence[int] = ()) -> int:
+    """Serve rank 0 over a link until it ends. All threads keep to the rank's own cores."""
     try:
         welcome = _greet(link, place, key)
     except LinkClosed as error:
@@ -89,7 +94,8 @@ def run(place: Place, key: bytes, link: RankLink, host: str) -> int:
         return CANNOT_START
     instance = from_message(InstanceRef, welcome.instance)
     set_up(f"instance {instance.id} rank {place.rank}", welcome.log_level)
-    _Rank(place, link, welcome, instance, host).serve()
+    keep_to(own := tuple(welcome.cores) or place.cores(cores, welcome.threads))
+    _Rank(place, link, welcome, instance, host, own).serve()
 
 
 def _greet(link: RankLink, place: Place, key: bytes) -> pb.RankWelcome:
@@ -102,11 +108,36 @@ def _greet(link: RankLink, place: Place, key: bytes) -> pb.RankWelcome:
     return frame.welcome
 
 
+def told_config(welcome: pb.RankWelcome, local_rank: int) -> EngineConfig:
+    """What rank 0 wants this rank's engine to be."""
+    return EngineConfig(
+        model=welcome.model,
+        dtype=welcome.dtype,
+        kv_dtype=welcome.kv_dtype,
+        device=rank_device(welcome.device, local_rank),
+        threads=welcome.threads,
+        pool_blocks=welcome.pool_blocks,
+        block_size=welcome.block_size,
+        max_model_len=welcome.max_model_len,
+        kernels=welcome.kernels,
+        cuda_graphs=welcome.cuda_graphs,
+    )
+
+
 class _Rank:
     """One rank's life."""
 
-    def __init__(self, place: Place, link: RankLink, welcome: pb.RankWelcome, ref: InstanceRef, host: str) -> None:
+    def __init__(
+        self,
+        place: Place,
+        link: RankLink,
+        welcome: pb.RankWelcome,
+        ref: InstanceRef,
+        host: str,
+        cores: tuple[int, ...],
+    ) -> None:
         self._place, self._link, self._welcome, self._ref, self._host = place, link, welcome, ref, host
+        self._cores = cores
         self._parallel = Parallel(welcome.tp, welcome.pp)
         self._plans: queue.SimpleQueue[StepPlan] = queue.SimpleQueue()
         self._loaded: _Loaded | None = None
@@ -174,16 +205,7 @@ class _Rank:
 
     def _load(self) -> ShardEngine:
         welcome, began = self._welcome, time.monotonic()
-        config = EngineConfig(
-            model=welcome.model,
-            dtype=welcome.dtype,
-            kv_dtype=welcome.kv_dtype,
-            device=rank_device(welcome.device, self._place.local_rank),
-            threads=welcome.threads,
-            pool_blocks=welcome.pool_blocks,
-            block_size=welcome.block_size,
-            max_model_len=welcome.max_model_len,
-        )
+        config = replace(told_config(welcome, self._place.local_rank), cores=self._cores)
         interface = self._place.interface
         lanes, pipe = open_groups(
             self._place.store(MEET_S),
@@ -219,10 +241,12 @@ class _Rank:
                 bind_host=self._host,
                 port=self._welcome.data_port + self._place.rank if self._welcome.data_port else 0,
                 advertise_host=interface,
+                cores=self._cores,
                 keys=tuple(self._welcome.data_keys),
             ),
             cut=engine.cut,
             rank=self._place.rank,
+            native=native_copies(self._welcome.kernels),
         )
 
     def _report(self, event: object) -> None:

@@ -1,4 +1,5 @@
-"""The structures of ``model.h`` and the functions of ``engine.cpp`` and ``copy.cpp``, as ctypes sees them.
+"""The structures of ``model.h`` and the functions of ``engine.cpp``, ``copy.cpp``, ``lanes.cpp`` and ``sample.cpp``,
+as ctypes sees them.
 
 ctypes releases the interpreter's lock for the whole of each call.
 """
@@ -6,17 +7,24 @@ ctypes releases the interpreter's lock for the whole of each call.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int64, c_uint64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_double, c_int64, c_uint64, c_void_p
 from typing import Any
 
 FLOAT32, BFLOAT16 = 0, 1
 """Values of ``Model.dtype`` and of ``ds_pack``'s first argument."""
+
+OUT_OF_RANGE, NO_MEMORY, GIVEN_UP, SUM_FAILED = -1, -2, -3, -4
+"""What ``ds_run`` returns when it is not 0, see ``forward.h``."""
 
 COPY_UNIT = 1024
 """Bytes: what ``ds_gather`` and ``ds_scatter`` copy of a pool is made of so many."""
 
 SHORTEST_SUM = 241
 """Bytes: fewer they do not sum up."""
+
+
+SUM = CFUNCTYPE(c_int64, c_void_p, c_void_p, c_int64)
+"""``Model.sum`` in Python: it is called with the interpreter's lock, and may not raise."""
 
 
 class Linear(Structure):
@@ -47,11 +55,13 @@ class Model(Structure):
         ("head_dim", c_int64),
         ("intermediate", c_int64),
         ("vocab", c_int64),
+        ("first_token", c_int64),
         ("max_length", c_int64),
         ("gated", c_int64),
         ("eps", c_double),
         ("scale", c_double),
         ("embedding", c_void_p),
+        ("embedded", c_int64),
         ("positions", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
@@ -59,6 +69,8 @@ class Model(Structure):
         ("final_norm_bias", c_void_p),
         ("head", Linear),
         ("layer", POINTER(Layer)),
+        ("sum", c_void_p),
+        ("context", c_void_p),
     ]
 
 
@@ -86,6 +98,9 @@ class Step(Structure):
         ("tables", c_void_p),
         ("sample_rows", c_void_p),
         ("logits", c_void_p),
+        ("before", c_void_p),
+        ("after", c_void_p),
+        ("sums", c_void_p),
         ("given_up", c_void_p),
         ("number", c_int64),
     ]
@@ -97,11 +112,21 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ds_sizes": (None, [POINTER(c_int64)]),
     "ds_packed_outputs": (c_int64, [c_int64, c_int64]),
     "ds_pack": (None, [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
-    "ds_create": (c_void_p, [POINTER(Model), c_int64]),
+    "ds_create": (c_void_p, [POINTER(Model), c_int64, c_void_p]),
     "ds_destroy": (None, [c_void_p]),
     "ds_gather": (c_uint64, [c_void_p, c_void_p, c_int64, c_void_p, c_uint64]),
     "ds_scatter": (c_uint64, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_uint64]),
+    "ds_sampler_create": (c_void_p, [c_int64, c_int64, c_void_p]),
+    "ds_sampler_destroy": (None, [c_void_p]),
+    "ds_sampler_ask_size": (c_int64, []),
+    "ds_sample": (c_int64, [c_void_p, c_void_p]),
     "ds_run": (c_int64, [c_void_p, POINTER(Step), POINTER(Pool)]),
+    "ds_lanes_bytes": (c_int64, [c_int64, c_int64]),
+    "ds_lanes_open": (c_void_p, [c_void_p, c_int64, c_int64, c_int64, c_double, c_int64]),
+    "ds_lanes_close": (None, [c_void_p]),
+    "ds_lanes_sum_float32": (c_int64, [c_void_p, c_void_p, c_int64]),
+    "ds_lanes_sum_bfloat16": (c_int64, [c_void_p, c_void_p, c_int64]),
+    "ds_lanes_gather": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64, c_int64]),
 }
 
 

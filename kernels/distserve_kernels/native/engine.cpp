@@ -54,12 +54,14 @@ void ds_pack(int64_t dtype, const void* first, const void* second, int64_t outpu
                  static_cast<bf16*>(packed));
 }
 
-// A model ready to run with a team of ``threads``; null when memory or threads are wanting. The memory that ``model``
-// points to stays the caller's and must outlive the handle; the structures themselves are copied.
-void* ds_create(const Model* model, int64_t threads) {
+// A model ready to run with a team of ``threads``, on ``cores`` as ``Team`` takes them; null when memory or threads are
+// wanting. The memory that ``model`` points to stays the caller's and must outlive the handle; the structures themselves
+// are copied.
+void* ds_create(const Model* model, int64_t threads, const int64_t* cores) {
     try {
-        void* forward = model->dtype == 0 ? static_cast<void*>(new ds::Forward<float>(*model, static_cast<int>(threads)))
-                                          : static_cast<void*>(new ds::Forward<bf16>(*model, static_cast<int>(threads)));
+        const int count = static_cast<int>(threads);
+        void* forward = model->dtype == 0 ? static_cast<void*>(new ds::Forward<float>(*model, count, cores))
+                                          : static_cast<void*>(new ds::Forward<bf16>(*model, count, cores));
         return new Handle{model->dtype, forward};
     } catch (...) {
         return nullptr;

@@ -8,16 +8,16 @@
 
 namespace ds {
 
-constexpr int OUT_OF_RANGE = -1, NO_MEMORY = -2, GIVEN_UP = -3;  // what a run returns if not 0
+constexpr int OUT_OF_RANGE = -1, NO_MEMORY = -2, GIVEN_UP = -3, SUM_FAILED = -4;  // what a run returns if not 0
 constexpr long OWN_NORM_ROWS = 4;  // up to here each thread norms all rows itself: cheaper than meeting once more
 
 template <class T>
 class Forward {
    public:
-    Forward(const Model& model, int threads)
+    Forward(const Model& model, int threads, const int64_t* cores)
         : m_(model),
           layers_(model.layer, model.layer + model.layers),
-          team_(threads),
+          team_(threads, cores),
           ldh_(round_up(m_.hidden, PANEL)),
           ldqkv_(round_up((m_.heads + 2 * m_.kv_heads) * m_.head_dim, PANEL)),
           ldo_(round_up(m_.heads * m_.head_dim, PANEL)),
@@ -29,7 +29,8 @@ class Forward {
     }
 
     // 0, or OUT_OF_RANGE: a token, a block or a row is; nothing was computed. GIVEN_UP: on the way; the KV of the step's
-    // tokens is written in some layers or in none, the logits are not to be read.
+    // tokens is written in some layers or in none, the logits are not to be read. SUM_FAILED: likewise, for the sum over
+    // the lanes could not be had.
     int run(const Step& step, const Pool& pool) {
         if (!sound(step, pool)) return OUT_OF_RANGE;
         reserve(step.rows, step.samples);
@@ -37,13 +38,17 @@ class Forward {
         plan_writes(step);
         step_ = &step;
         pool_ = &pool;
+        sum_failed_ = false;
         team_.run([](void* self, int thread) { static_cast<Forward*>(self)->pass(thread); },
                   [](void* self) { return static_cast<Forward*>(self)->given_up(); }, this);
+        if (sum_failed_) return SUM_FAILED;
         return team_.stopped() ? GIVEN_UP : 0;
     }
 
    private:
     bool sound(const Step& s, const Pool& pool) const {
+        if (s.before == nullptr ? m_.embedded == 0 : s.after == nullptr && m_.head.packed == nullptr) return false;
+        if (s.samples > 0 && m_.head.packed == nullptr) return false;
         for (long i = 0; i < s.rows; ++i)
             if (s.tokens[i] < 0 || s.tokens[i] >= m_.vocab) return false;
         for (long i = 0; i < s.samples; ++i)
@@ -79,12 +84,13 @@ class Forward {
     }
 
     bool given_up() const {
+        if (sum_failed_) return true;
         return step_->given_up != nullptr && __atomic_load_n(step_->given_up, __ATOMIC_RELAXED) == step_->number;
     }
 
     // Between any two products the step may be given up: one of a long prompt can take a good part of a second.
     void pass(int thread) {
-        embed(thread);
+        enter(thread);
         for (long i = 0; i < m_.layers && !team_.stopped(); ++i) {
             const Layer& layer = layers_[i];
             const LayerPool<T> kv(*pool_, m_, i);
@@ -94,8 +100,7 @@ class Forward {
             if (team_.stopped()) return;
             attention(layer, kv, thread);
             if (team_.stopped()) return;
-            product(team_, thread, mixed_.data(), ldo_, step_->rows, layer.out, Add{residual_.data(), ldh_, layer.out.bias});
-            team_.meet();
+            add_product(mixed_.data(), ldo_, layer.out, thread);
             if (team_.stopped()) return;
             x = normalize(residual_, layer.norm2, layer.norm2_bias, thread);
             if (m_.gated)
@@ -104,29 +109,97 @@ class Forward {
                 product(team_, thread, x, ldh_, step_->rows, layer.up, Keep{wide_.data(), ldw_, layer.up.bias, true});
             team_.meet();
             if (team_.stopped()) return;
-            product(team_, thread, wide_.data(), ldw_, step_->rows, layer.down, Add{residual_.data(), ldh_, layer.down.bias});
-            team_.meet();
+            add_product(wide_.data(), ldw_, layer.down, thread);
         }
-        if (step_->samples > 0 && !team_.stopped()) head(thread);
+        if (team_.stopped()) return;
+        if (step_->after != nullptr) leave(thread);
+        if (step_->samples > 0) head(thread);
     }
 
-    void embed(int thread) {
-        const T* positions = static_cast<const T*>(m_.positions);
-        for (long g; (g = team_.take(step_->segments, thread)) >= 0;) {
-            const Segment& segment = step_->segment[g];
-            for (long i = 0; i < segment.length; ++i) {
-                T* to = residual_.data() + (segment.first + i) * ldh_;
-                const int64_t token = step_->tokens[segment.first + i];
-                if (m_.embedding == nullptr)
-                    unpack_row(m_.head, token, to);
-                else
-                    std::memcpy(to, static_cast<const T*>(m_.embedding) + token * m_.hidden, m_.hidden * sizeof(T));
-                if (positions == nullptr) continue;
-                const T* at = positions + (segment.start + i) * m_.hidden;
-                for (long d = 0; d < m_.hidden; ++d) put(to + d, to_float(to[d]) + to_float(at[d]));
+    // What the first layer reads: the embeddings of the tokens, each of which one lane holds, or what a stage before left.
+    void enter(int thread) {
+        const bool summed = step_->before == nullptr && m_.sum != nullptr;
+        each_row(thread, [&](const Segment& segment, long i) {
+            const long row = segment.first + i;
+            T* to = residual_.data() + row * ldh_;
+            if (step_->before != nullptr) {
+                std::memcpy(to, static_cast<const T*>(step_->before) + row * m_.hidden, m_.hidden * sizeof(T));
+            } else if (summed) {
+                look_up(step_->tokens[row], sums() + row * ldh_);
+            } else {
+                look_up(step_->tokens[row], to);
+                add_position(segment.start + i, to);
             }
-        }
+        });
+        if (!summed) return;
+        sum_lanes(thread);
+        each_row(thread, [&](const Segment& segment, long i) {
+            const long row = segment.first + i;
+            T* to = residual_.data() + row * ldh_;
+            std::memcpy(to, sums() + row * ldh_, ldh_ * sizeof(T));
+            add_position(segment.start + i, to);
+        });
+    }
+
+    // visit(segment, row within it) for every row of the step; segments are shared out among the threads, which then meet.
+    template <class Visit>
+    void each_row(int thread, const Visit& visit) {
+        for (long g; (g = team_.take(step_->segments, thread)) >= 0;)
+            for (long i = 0; i < step_->segment[g].length; ++i) visit(step_->segment[g], i);
         team_.meet();
+    }
+
+    // A token's row of the embedding; 0 where another lane holds it.
+    void look_up(int64_t token, T* to) const {
+        const int64_t at = token - m_.first_token;
+        std::fill_n(to, ldh_, T{});
+        if (at < 0 || at >= m_.embedded) return;
+        if (m_.embedding == nullptr)
+            unpack_row(m_.head, at, to);
+        else
+            std::memcpy(to, static_cast<const T*>(m_.embedding) + at * m_.hidden, m_.hidden * sizeof(T));
+    }
+
+    void add_position(long position, T* to) const {
+        if (m_.positions == nullptr) return;
+        const T* at = static_cast<const T*>(m_.positions) + position * m_.hidden;
+        for (long d = 0; d < m_.hidden; ++d) put(to + d, to_float(to[d]) + to_float(at[d]));
+    }
+
+    // residual += x·Wᵀ, of all lanes together; every lane adds the same sum, rounded to T as each summand was.
+    void add_product(const T* x, long ldx, const Linear& weight, int thread) {
+        if (m_.sum == nullptr) {
+            product(team_, thread, x, ldx, step_->rows, weight, Add{residual_.data(), ldh_, weight.bias});
+            return team_.meet();
+        }
+        product(team_, thread, x, ldx, step_->rows, weight, Keep{sums(), ldh_, weight.bias, false});
+        team_.meet();
+        if (team_.stopped()) return;
+        sum_lanes(thread);
+        if (team_.stopped()) return;
+        for (long row; (row = team_.take(step_->rows, thread)) >= 0;)
+            for (long i = 0; i < ldh_; i += LANES) {
+                T* at = residual_.data() + row * ldh_ + i;
+                store(at, load(at) + load(sums() + row * ldh_ + i));
+            }
+        team_.meet();
+    }
+
+    // Between two meetings: step_->sums becomes the sum over all lanes. The team stops when it cannot be had.
+    void sum_lanes(int thread) {
+        if (thread == 0) sum_failed_ = m_.sum(m_.context, step_->sums, step_->rows * ldh_) != 0;
+        team_.meet();
+    }
+
+    T* sums() const { return static_cast<T*>(step_->sums); }
+
+    // What the last layer here leaves to the stage after.
+    void leave(int thread) {
+        each_row(thread, [&](const Segment& segment, long i) {
+            const long row = segment.first + i;
+            T* to = static_cast<T*>(step_->after) + row * m_.hidden;
+            std::memcpy(to, residual_.data() + row * ldh_, m_.hidden * sizeof(T));
+        });
     }
 
     // The rows of a matrix, normed: into a buffer that all share, or, when they are few, into the thread's own.
@@ -204,7 +277,7 @@ class Forward {
                 std::copy_n(from, ldh_, to + i * ldh_);
         }
         if (!own) team_.meet();
-        product(team_, thread, to, ldh_, count, m_.head, Score{step_->logits, m_.vocab});
+        product(team_, thread, to, ldh_, count, m_.head, Score{step_->logits, m_.head.outputs});
     }
 
     // What becomes of a tile of sums. ``bias`` is as wide as the panels.
@@ -284,6 +357,7 @@ class Forward {
     std::vector<Buffer<T>> own_norm_;
     const Step* step_ = nullptr;
     const Pool* pool_ = nullptr;
+    bool sum_failed_ = false;
 };
 
 }  // namespace ds

@@ -33,12 +33,14 @@ struct Model {
     int64_t kv_heads;
     int64_t head_dim;
     int64_t intermediate;
-    int64_t vocab;
+    int64_t vocab;        // of the whole model
+    int64_t first_token;  // of the rows that ``embedding`` and ``head`` hold; 0 where this is not one of several lanes
     int64_t max_length;  // positions that cos, sin or positions cover
     int64_t gated;  // 1: SiLU(gate)·up, 0: ReLU
     double eps;
     double scale;  // of attention scores
-    const void* embedding;  // [vocab, hidden] T; null: rows of ``head``
+    const void* embedding;  // [embedded, hidden] T; null: rows of ``head``
+    int64_t embedded;       // rows of the vocabulary held here
     const void* positions;  // [positions, hidden] T or null
     const void* cos;  // [positions, head_dim] T or null: rotary, see rotary.py
     const void* sin;
@@ -46,6 +48,10 @@ struct Model {
     const void* final_norm_bias;
     Linear head;
     const Layer* layer;
+    // Where each layer is cut over several lanes: replace so many elements of Step.sums by their sum over all of them; 0
+    // when done. Called by the thread that runs the step, with no other at work. Null: this is the only lane.
+    int64_t (*sum)(void* context, void* sums, int64_t elements);
+    void* context;
 };
 
 struct Pool {  // [blocks, layers, 2, kv_heads, block_size, head_dim] T
@@ -70,7 +76,10 @@ struct Step {
     const Segment* segment;      // [segments]; they cover the rows in order
     const int64_t* tables;
     const int64_t* sample_rows;  // [samples]
-    float* logits;               // [samples, vocab]
+    float* logits;               // [samples, outputs of the head]
+    const void* before;          // [rows, hidden] T: what enters the first layer here; null: the tokens' embeddings
+    void* after;                 // [rows, hidden] T: what leaves the last layer; or null
+    void* sums;                  // [rows, hidden rounded up to 32] T, for Model.sum; null where that is
     const int64_t* given_up;     // number of the step to give up, written by any thread at any time; null: none ever
     int64_t number;              // of this step
 };

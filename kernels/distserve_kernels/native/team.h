@@ -4,8 +4,13 @@
 // barriers, where a thread spins briefly (the others are nearly done) and then sleeps, so that a neighbour who needs the
 // core gets it. Of numbered pieces of work each thread takes those of its own stretch, one by one (adjacent pieces read
 // adjacent memory), and then what is left of the others': a thread that was interrupted holds back one piece, not its share.
+// Each thread but the caller may keep to a core of its own (cores.py says why).
 // At every meeting the last one to come asks, for all, whether to stop: until the next one all see the same answer.
 #pragma once
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <atomic>
 #include <thread>
@@ -20,8 +25,14 @@ class Team {
     using Work = void (*)(void* context, int thread);
     using Stop = bool (*)(void* context);
 
-    explicit Team(int size) : size_(size < 1 ? 1 : size), taken_(static_cast<size_t>(size_)) {
-        for (int i = 1; i < size_; ++i) threads_.emplace_back([this, i] { live(i); });
+    // ``cores``: one for each thread, of which the caller's is not used; null: any. A wish.
+    explicit Team(int size, const int64_t* cores = nullptr)
+        : size_(size < 1 ? 1 : size), taken_(static_cast<size_t>(size_)) {
+        for (int i = 1; i < size_; ++i)
+            threads_.emplace_back([this, i, core = cores ? cores[i] : -1] {
+                keep_to(core);
+                live(i);
+            });
     }
     ~Team() {
         ending_ = true;
@@ -87,6 +98,16 @@ class Team {
         __builtin_ia32_pause();
 #elif defined(__aarch64__)
         asm volatile("yield");
+#endif
+    }
+
+    static void keep_to([[maybe_unused]] int64_t core) {
+#if defined(__linux__)
+        if (core < 0 || core >= CPU_SETSIZE) return;
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(static_cast<int>(core), &one);
+        sched_setaffinity(0, sizeof one, &one);
 #endif
     }
 

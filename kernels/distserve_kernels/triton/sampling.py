@@ -27,6 +27,12 @@ def _keys(scores):
 
 
 @triton.jit
+def _weigh(scores, best, heat):
+    """exp((score - best) * heat); of the best 1, infinite or not."""
+    return tl.where(scores == best, 1.0, tl.exp((scores - best) * heat))
+
+
+@triton.jit
 def _above(row_ptr, vocab, best, heat, least, key, BLOCK: tl.constexpr):
     """Of the scores whose weight is at least ``least``: how many lie above ``key``, how many on it, and both masses."""
     above = tl.zeros([BLOCK], tl.int32)
@@ -36,7 +42,7 @@ def _above(row_ptr, vocab, best, heat, least, key, BLOCK: tl.constexpr):
     for low in range(0, vocab, BLOCK):
         ids = low + tl.arange(0, BLOCK)
         scores = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf"))
-        weights = tl.exp((scores - best) * heat)
+        weights = _weigh(scores, best, heat)
         kept = (weights >= least) & (ids < vocab)
         keys = _keys(scores)
         higher, equal = kept & (keys > key), kept & (keys == key)
@@ -108,7 +114,7 @@ def _nth_on_key(row_ptr, vocab, key, nth, BLOCK: tl.constexpr):
 def _weights(row_ptr, ids, vocab, best, heat, least):
     """Weights of some ids, 0 for those below min-p."""
     scores = tl.load(row_ptr + ids, mask=ids < vocab, other=float("-inf"))
-    weights = tl.exp((scores - best) * heat)
+    weights = _weigh(scores, best, heat)
     return tl.where(weights >= least, weights, 0.0).to(tl.float64)
 
 
@@ -180,7 +186,7 @@ def _sample(
     least = tl.load(min_p_ptr + row).to(tl.float32)
     point = tl.load(points_ptr + row)
     best, chosen = _best(row_ptr, vocab, BLOCK)
-    if temperature > 0:
+    if (temperature > 0) & (best > float("-inf")):
         heat = (1.0 / temperature).to(tl.float32)
         if (top_k > 0) | (top_p < 1.0):
             chosen = _by_rank(row_ptr, vocab, best, heat, least, top_k, top_p, point, BLOCK)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from distserve.core.types import Role
-from distserve.sched.config import InstanceConfig
+from distserve.sched.config import ClusterConfig, InstanceConfig
 from distserve_planner.latency.base import LatencyModel, OutOfRange
 from distserve_planner.latency.profile import Profile
 from distserve_planner.latency.source import default_policy, is_file, latency_model, profile_for
 from distserve_planner.plan import Plan
 from distserve_planner.refusal import CannotPlan
-from distserve_planner.simulation.deployment import InstanceSpec, instance, on_ports, policy
+from distserve_planner.simulation.deployment import InstanceSpec, instance, on_ports, open_door, policy
 from distserve_planner.simulation.result import SimulationResult
 from distserve_planner.simulation.run import simulate
 from distserve_planner.simulation.shared import Machine, simulate_shared
@@ -63,11 +63,16 @@ class Running:
             return simulate_shared(machine, self.workload)
         limits = policy(self.plan.policy or default_policy(self.profile))
         specs = [self._spec(i, role, limits) for i, role in enumerate(roles)]
-        return simulate(on_ports(specs, self._port_bytes_s()), self.workload)
+        return simulate(on_ports(specs, self._port_bytes_s(), cluster=self._cluster), self.workload)
 
     def _machine(self, profile: Profile, roles: tuple[Role, ...]) -> Machine:
         limits = self.plan.batching.onto(policy("serve"))
-        return Machine(profile, roles, limits, min(each.kv_tokens for each in self.plan.instances))
+        tokens = min(each.kv_tokens for each in self.plan.instances)
+        return Machine(profile, roles, limits, tokens, cluster=self._cluster)
+
+    @property
+    def _cluster(self) -> ClusterConfig:
+        return open_door(self.plan.overflow_prefill_tokens)
 
     def _spec(self, index: int, role: Role, limits: InstanceConfig) -> InstanceSpec:
         planned = self.plan.instances[index]

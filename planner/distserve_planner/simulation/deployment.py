@@ -69,6 +69,11 @@ OPEN_DOOR = ClusterConfig(lease_s=NEVER_S, max_queued_tokens=1 << 60, max_open_r
 """A controller that refuses nobody: overload shows as waiting, as it does in the systems compared with."""
 
 
+def open_door(overflow_prefill_tokens: int) -> ClusterConfig:
+    """The same, with this much owed by every prefill queue before prompts overflow (0: they never do)."""
+    return replace(OPEN_DOOR, overflow_prefill_tokens=overflow_prefill_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceSpec:
     """One instance. ``kv_tokens``: its pool; ``ingress``/``egress`` name links of the deployment its KV passes.
@@ -140,10 +145,12 @@ def instance(
     )
 
 
-def on_ports(instances: list[InstanceSpec], bandwidth: float, latency_s: float = 0.0) -> Deployment:
+def on_ports(
+    instances: list[InstanceSpec], bandwidth: float, latency_s: float = 0.0, cluster: ClusterConfig = OPEN_DOOR
+) -> Deployment:
     """Instances on one switch: each sends and receives at ``bandwidth`` bytes a second, shared by its moves."""
     if not 0 < bandwidth < math.inf:
         raise CannotPlan(f"KV cannot move at {bandwidth:g} bytes a second; give a bandwidth above 0")
     links = {f"{way}{i}": bandwidth for i in range(len(instances)) for way in ("out", "in")}
     ported = (replace(s, egress=(f"out{i}",), ingress=(f"in{i}",)) for i, s in enumerate(instances))
-    return Deployment(tuple(ported), links, link_latency_s=latency_s)
+    return Deployment(tuple(ported), links, link_latency_s=latency_s, cluster=cluster)

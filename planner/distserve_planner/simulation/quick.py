@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from distserve.core.types import Load, Role
@@ -27,7 +28,8 @@ assert STEP < TRANSFER < MESSAGE < ARRIVAL
 
 def covers(deployment: Deployment) -> bool:
     """Whether counts can stand for the machines: nothing is shared, nobody is turned away."""
-    return deployment.cluster == OPEN_DOOR and not any(s.config.prefix_cache for s in deployment.instances)
+    placed = replace(deployment.cluster, local_prefill_tokens=0, overflow_prefill_tokens=0)
+    return placed == OPEN_DOOR and not any(s.config.prefix_cache for s in deployment.instances)
 
 
 class QuickWorld:
@@ -188,7 +190,7 @@ class QuickWorld:
                 largest = max(s.member.spec.max_sequence_tokens for s in self._decodes)
                 trail.refused = f"the request needs room for {total} tokens; the largest instance holds {largest}"
                 return
-        prefill, decode = pair(prefills, decodes, trail.prompt, (), 0)
+        prefill, decode, _ = pair(prefills, decodes, trail.prompt, (), self.deployment.cluster)
         key = self._keys[index]
         prefill.send_prompt(key, trail.prompt)
         decode.send_decode(key, total)

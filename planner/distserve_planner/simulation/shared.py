@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distserve.core.types import Role
-from distserve.sched.config import InstanceConfig
+from distserve.sched.config import ClusterConfig, InstanceConfig
 from distserve_planner.latency.base import OutOfRange
 from distserve_planner.latency.profile import KINDS, Profile
 from distserve_planner.latency.profiled import ALONE, CROWDED, Beside, ProfiledModel
 from distserve_planner.refusal import CannotPlan
-from distserve_planner.simulation.deployment import Deployment, instance, on_ports
+from distserve_planner.simulation.deployment import OPEN_DOOR, Deployment, instance, on_ports
 from distserve_planner.simulation.result import SimulationResult
 from distserve_planner.simulation.run import simulate
 from distserve_planner.simulation.shell import StepWatch
@@ -38,6 +38,7 @@ class Machine:
     config: InstanceConfig
     kv_tokens: int = 0
     link: str = ""  # shm, gloo; empty: the fastest measured
+    cluster: ClusterConfig = OPEN_DOOR
 
     def __post_init__(self) -> None:
         most = self.profile.instances
@@ -63,7 +64,7 @@ class Machine:
             )
             for role, share in zip(self.roles, shares, strict=True)
         ]
-        return on_ports(specs, link.bytes_s, link.latency_s + self.profile.live.handoff_s)
+        return on_ports(specs, link.bytes_s, link.latency_s + self.profile.live.handoff_s, self.cluster)
 
 
 @dataclass(frozen=True, slots=True)
