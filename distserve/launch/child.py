@@ -1,5 +1,8 @@
 """One child process: started without a fork of ours, heard through its ready descriptor, ended with all it started.
 
+Python's own ``subprocess`` starts it (vfork, where there is one) and not the event loop: uvloop forks, and between fork
+and exec gRPC's handlers for forks would start threads in the child, which crash it now and then.
+
 The child is told of our death by the end of file on its parent descriptor (``distserve.wire.life``), so that even a
 killed launcher leaves nothing behind.
 """
@@ -11,7 +14,9 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -23,9 +28,10 @@ KILL_AFTER_S = 5.0
 class Child:
     """A running ``distserve`` process in a session of its own. Made by ``start``."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, alive_fd: int) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[bytes], alive_fd: int) -> None:
         self.name = name
         self._process = process
+        self._exit = _exit_of(process)
         self._alive_fd = alive_fd
         self._lines = asyncio.StreamReader()  # until ``start`` has opened the ready descriptor
 
@@ -37,15 +43,8 @@ class Child:
         ready_read, ready_write = os.pipe()
         parent_read, parent_write = os.pipe()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", module, *arguments),
-                *("--ready-fd", str(ready_write), "--parent-fd", str(parent_read)),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(ready_write, parent_read),
-                start_new_session=True,  # a Ctrl-C at the terminal is ours to pass on
-                env=dict(environ),
-            )
-        except BaseException:  # whoever waited may be cancelled, too
+            process = _spawned(module, arguments, environ, ready_write, parent_read)
+        except BaseException:
             os.close(ready_read)
             os.close(parent_write)
             raise
@@ -73,7 +72,7 @@ class Child:
 
     async def ended(self) -> int:
         """Wait for its end; returns the exit code, negative for a signal. Frees what we hold for it."""
-        code = await self._process.wait()
+        code = await asyncio.shield(self._exit)
         self.hurry()
         self._signal_all(signal.SIGKILL)  # whatever it had started and did not end
         return code
@@ -100,7 +99,7 @@ class Child:
             self.hurry()
         try:
             async with asyncio.timeout(grace_s + KILL_AFTER_S):
-                await self._process.wait()
+                await asyncio.shield(self._exit)
         except TimeoutError:
             self.kill()
         return await self.ended()
@@ -108,6 +107,32 @@ class Child:
     def _signal_all(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
+
+
+def _spawned(
+    module: str, arguments: Sequence[str], environ: Mapping[str, str], ready_fd: int, parent_fd: int
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments, "--ready-fd", str(ready_fd), "--parent-fd", str(parent_fd)],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(ready_fd, parent_fd),
+        start_new_session=True,  # a Ctrl-C at the terminal is ours to pass on
+        env=dict(environ),
+    )
+
+
+def _exit_of(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
+    """Becomes the exit code, negative for a signal. A thread waits for it, which dies with us."""
+    loop = asyncio.get_running_loop()
+    known: asyncio.Future[int] = loop.create_future()
+
+    def wait() -> None:
+        code = process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop has ended before the child
+            loop.call_soon_threadsafe(known.set_result, code)
+
+    threading.Thread(target=wait, name=f"child {process.pid}", daemon=True).start()
+    return known
 
 
 async def _reader(fd: int) -> asyncio.StreamReader:

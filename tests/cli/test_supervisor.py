@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,12 +38,12 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``python -m distserve.cli X …`` becomes the part above, and pauses become short."""
     script = tmp_path / "part.py"
     script.write_text(PART)
-    real = asyncio.create_subprocess_exec
+    real = subprocess.Popen
 
-    async def start(_python: str, _m: str, _module: str, *arguments: str, **options: Any) -> asyncio.subprocess.Process:
-        return await real(sys.executable, str(script), *arguments, **options)
+    def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        return real([sys.executable, str(script), *command[3:]], **options)  # what follows python -m MODULE
 
-    monkeypatch.setattr(child_module.asyncio, "create_subprocess_exec", start)
+    monkeypatch.setattr(child_module.subprocess, "Popen", start)
     monkeypatch.setattr(supervisor_module, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(child_module, "KILL_AFTER_S", 0.3)
     yield
