@@ -29,7 +29,7 @@ class TransferConfig:
     bind_host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
     advertise_host: str = ""  # what ``Mover.address`` says; empty: bind_host
-    slice_bytes: int = 768 << 10  # what one checksum covers, at most; small, to stay in a core's cache
+    slice_bytes: int = 1536 << 10  # what one checksum covers, at most; small, to stay in a core's caches
     shm_piece_bytes: int = 1536 << 10  # payload of a piece, about: whole blocks, or whole rows of a larger block
     shm_slots: int = 4  # pieces in flight over shared memory; few, so that they stay in the cache
     gloo_piece_bytes: int = 768 << 10  # as above, over gloo; small: gathered, then sent out of the cache
