@@ -238,7 +238,16 @@ class Departures:
         """The move that was begun instead of this one. A move thought broken may have been committed all the same."""
         return next((m for m in self.moves.values() if move_id in m.earlier), None)
 
-    def _broken(self, move: MoveOut, reason: str, now: float, *, retriable: bool, tell: bool = True) -> list[Effect]:
+    def _broken(
+        self,
+        move: MoveOut,
+        reason: str,
+        now: float,
+        *,
+        retriable: bool,
+        tell: bool = True,
+        code: Code = Code.UNAVAILABLE,
+    ) -> list[Effect]:
         """The KV is still here: try again with a fresh move, or give the attempt up to the gateway."""
         effects = self.end(move, reason, tell=tell)
         sequence = move.sequence
@@ -246,7 +255,7 @@ class Departures:
             return effects + self.begin(sequence, now, move.tries + 1, (*move.earlier, move.id))
         message = f"the hand-off to {move.destination.ref} failed: {reason}"
         culprit = move.destination.ref
-        return effects + self.residents.fail(sequence, Code.UNAVAILABLE, message, retriable=True, culprit=culprit)
+        return effects + self.residents.fail(sequence, code, message, retriable=True, culprit=culprit)
 
     def peer_lost(self, ref: InstanceRef, why: str) -> list[Effect]:
         """A destination is gone. Who owns what is then the gateway's to decide, by epoch."""
@@ -274,8 +283,8 @@ class Departures:
 
     def _expired(self, move: MoveOut, now: float) -> list[Effect]:
         if move.phase is OutPhase.RESERVING:
-            reason = f"no room within {self.config.reserve_timeout_s:g} s"
+            reason, code = f"no room within {self.config.reserve_timeout_s:g} s", Code.RESOURCE_EXHAUSTED
         else:
-            reason = f"no answer to the commit within {self.config.commit_timeout_s:g} s"
+            reason, code = f"no answer to the commit within {self.config.commit_timeout_s:g} s", Code.UNAVAILABLE
         move.tries = self.config.move_attempts
-        return self._broken(move, reason, now, retriable=False)
+        return self._broken(move, reason, now, retriable=False, code=code)

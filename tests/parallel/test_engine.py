@@ -74,21 +74,18 @@ def sequences(case: Case) -> list[Running]:
     return found
 
 
-EVERYTHING = [(layout, family, "native") for layout in LAYOUTS for family in FAMILIES]
-IN_TORCH = [(layout, "llama", "torch") for layout in LAYOUTS] + [
-    (LAYOUTS[0], f, "torch") for f in FAMILIES if f != "llama"
-]
+EVERYTHING = [(layout, family, kernels) for layout in LAYOUTS for family in FAMILIES for kernels in ("native", "torch")]
 BY_MESSAGES = [(LAYOUTS[0], family, "messages") for family in ("llama_tied", "opt")] + [
     (LAYOUTS[3], "qwen3", "messages")
 ]
 STAGES = {"native": "NativeStage", "messages": "NativeStage", "torch": "TorchStage"}
 
 
-@pytest.mark.parametrize(("layout", "family", "kernels"), EVERYTHING + IN_TORCH + BY_MESSAGES, ids=str)
+@pytest.mark.parametrize(("layout", "family", "kernels"), EVERYTHING + BY_MESSAGES, ids=str)
 def test_tokens_are_those_of_transformers(ranks, cases, layout, family, kernels):
     """Whole prompts, chunks beside decodes, then a batch that decodes. 3 layers: stages of 2 and 1.
 
-    Lanes of native kernels meet in memory, or by messages as on several machines.
+    Lanes meet over gloo in torch; those of native kernels in memory, or by messages as on several machines.
     """
     case = cases[family]
     settings = {"kernels": "native", "messages": True} if kernels == "messages" else {"kernels": kernels}

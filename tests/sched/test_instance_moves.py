@@ -26,7 +26,7 @@ from distserve.core.events import (
     Tick,
     TokensMade,
 )
-from distserve.core.types import Role, Ticket, Token
+from distserve.core.types import Code, Role, Ticket, Token
 from distserve.kv.ledger import BlockState
 from distserve.sched.instance import InstanceState
 from tests.sched.factory import (
@@ -138,6 +138,7 @@ def test_waiting_for_a_ticket_repeats_the_ask_and_ends_at_its_deadline(make: Mak
     failed = state.handle(Tick(), 5.5)
     assert kinds(failed) == ["MoveEnded", "AttemptFailed"]
     assert "no room" in find(failed, AttemptFailed).message
+    assert find(failed, AttemptFailed).code is Code.RESOURCE_EXHAUSTED  # full, not broken: worth another try later
     assert_all_free(state)
 
 
